@@ -1,0 +1,37 @@
+"""Gradient clipping that is right on every rank.
+
+The norm of the whole gradient for any mixture of data, sharded, tensor, pipeline and expert
+parallelism, the same number on every rank, in one small collective.
+"""
+
+from importlib.metadata import version as _version
+
+from distclip._decision import Clamp, Decision, Scale
+from distclip._norms import Norms
+from distclip._report import ClipReport
+from distclip.clipper import Clipper
+from distclip.errors import DistclipError, NonFiniteError, OwnershipError
+from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
+from distclip.strategies import GlobalNorm, PerGroup, PerParameter, Strategy, Value
+
+__version__ = _version("distclip")
+
+__all__ = [
+    "Clamp",
+    "ClipReport",
+    "Clipper",
+    "Decision",
+    "DistclipError",
+    "GlobalNorm",
+    "NonFiniteError",
+    "Norms",
+    "OwnershipError",
+    "PerGroup",
+    "PerParameter",
+    "Scale",
+    "Strategy",
+    "Value",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "total_grad_norm",
+]

@@ -1,0 +1,43 @@
+"""What a strategy decides: how the gradients of this step are to be changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply gradients by coefficients.
+
+    Attributes:
+        coefficient: [] one for all gradients, or [num_slots] one for each slot; float32, in [0, 1].
+        threshold: [] or [num_slots], what the norms were compared with (for the report).
+        skip: [] bool, true where this optimizer step should not be taken at all.
+    """
+
+    coefficient: Tensor
+    threshold: Tensor
+    skip: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Clamp each gradient element to ``[-bound, bound]`` (a complex element by its magnitude).
+
+    Attributes:
+        bound: [] float32.
+        skip: [] bool, true where this optimizer step should not be taken at all.
+    """
+
+    bound: Tensor
+    skip: Tensor | None = None
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.bound
+
+
+Decision: TypeAlias = Scale | Clamp

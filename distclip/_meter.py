@@ -1,0 +1,79 @@
+"""Measure: from this rank's gradients, through the step's one collective, to the norms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distclip import _kernels as kernels
+from distclip._gradients import Bucket, Gradients
+from distclip._norms import Norms
+from distclip._plan import Plan
+from distclip._reduction import reduce_message
+from distclip._slots import Slots
+
+
+class Meter:
+    """Takes the norms of one set of slots. Which gradients exist may change from step to step; the
+    length of the message and the collective do not.
+
+    Args:
+        accumulate: dtype of the local sums of squares, float32 or float64.
+    """
+
+    def __init__(self, plan: Plan, slots: Slots, norm_type: float, accumulate: torch.dtype) -> None:
+        self.plan, self.slots = plan, slots
+        self._norm_type, self._accumulate = norm_type, accumulate
+        # By the parameters in a bucket: their slots and 1 / multiplicity, on the bucket's device.
+        self._columns: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, gradients: Gradients) -> Norms:
+        return self.norms(self.power_sums(gradients))
+
+    def power_sums(self, gradients: Gradients) -> Tensor:
+        """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞."""
+        plan, p = self.plan, self._norm_type
+        message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
+        for bucket in gradients.buckets:
+            contribution = self._contribution(bucket).to(plan.device)
+            message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
+        return reduce_message(message, p, plan.group)
+
+    def norms(self, power_sums: Tensor) -> Norms:
+        return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels)
+
+    def _contribution(self, bucket: Bucket) -> Tensor:
+        """[num_slots] float64: what one bucket adds; each element counts 1 / multiplicity."""
+        sums = kernels.power_sums(bucket.tensors, self._norm_type, self._accumulate)
+        slot, share = self._columns_of(bucket)
+        if math.isinf(self._norm_type):
+            if self.slots.size == 1:
+                return sums.amax(0, keepdim=True)
+            return sums.new_zeros(self.slots.size).scatter_reduce_(0, slot, sums, "amax")
+        if self.slots.size == 1:
+            return torch.dot(sums, share).unsqueeze(0)
+        return sums.new_zeros(self.slots.size).index_add_(0, slot, sums * share)
+
+    def _columns_of(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        device = bucket.tensors[0].device
+        key = (device, tuple(bucket.parameters))
+        if key not in self._columns:
+            if len(self._columns) >= 64:  # gradients that come and go: keep the memory bounded
+                self._columns.clear()
+            shares = [1.0 / self.plan.multiplicities[i] for i in bucket.parameters]
+            self._columns[key] = (
+                torch.tensor([self.slots.of[i] for i in bucket.parameters], device=device),
+                torch.tensor(shares, dtype=torch.float64, device=device),
+            )
+        return self._columns[key]
+
+
+def regroup(power_sums: Tensor, slots: Slots, norm_type: float) -> Tensor:
+    """[num_parameters] reduced power sums -> [num_slots]."""
+    index = torch.tensor(slots.of, dtype=torch.int64, device=power_sums.device)
+    out = power_sums.new_zeros(slots.size)
+    if math.isinf(norm_type):
+        return out.scatter_reduce_(0, index, power_sums, "amax")
+    return out.index_add_(0, index, power_sums)

@@ -1,0 +1,50 @@
+"""The reduced norms of one step: what a strategy sees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def combine(norms: Tensor, norm_type: float) -> Tensor:
+    """The norm of the whole from the norms of its disjoint parts: ``(Σ nᵢ^p)^(1/p)``, max for p = ∞.
+
+    ``norms``: [k], any float dtype. Returns a 0-dim tensor of that dtype, computed in float64.
+    """
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    if math.isinf(norm_type):
+        return norms.amax()
+    whole: Tensor = torch.linalg.vector_norm(norms.double(), norm_type)
+    return whole.to(norms.dtype)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Gradient norms of one step, before clipping, the same numbers on every rank.
+
+    Attributes:
+        total: [] float32, the norm of the whole gradient.
+        slots: [num_slots] float32, the norm of each slot (of each parameter where the strategy's
+            ``per_parameter`` is true, else of each of its ``groups``).
+        norm_type: p of the norms.
+    """
+
+    total: Tensor
+    slots: Tensor
+    norm_type: float = 2.0
+    labels: tuple[str, ...] = field(default=("total",), repr=False)  # [num_slots]
+
+    @staticmethod
+    def from_power_sums(sums: Tensor, norm_type: float, labels: tuple[str, ...]) -> Norms:
+        """From reduced ``Σ|g|^p`` (``max|g|`` for p = ∞), [num_slots] float64."""
+        if math.isinf(norm_type):
+            slots = sums
+            total = sums.amax() if sums.numel() else sums.new_zeros(())
+        else:
+            slots = sums.pow(1.0 / norm_type)
+            total = slots[0] if sums.numel() == 1 else sums.sum().pow(1.0 / norm_type)
+        return Norms(total.float(), slots.float(), norm_type, labels)

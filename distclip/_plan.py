@@ -1,0 +1,121 @@
+"""The plan: everything about clipping a set of parameters that does not change from step to step.
+
+Built once, from the parameters. Building it may communicate (see ``_ownership``); using it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distclip._ownership import agree
+from distclip._parameters import NamedParameter, ParameterInfo
+from distclip._placement import Placement, PlacementReader, resolve_group
+from distclip._scope import Scope, find_scope, message_device
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a list of parameters lies over the ranks, and over which group their sums are reduced.
+
+    It holds neither parameters nor process groups, so it keeps neither alive: who uses it passes the
+    tensors of the list that it was made for.
+
+    Attributes:
+        parameters: those that train, each once.
+        positions: where each stands in the list.                           # [num_parameters]
+        placements: where the elements of each live.                        # [num_parameters]
+        multiplicities: ranks of ``group`` that hold the same elements.     # [num_parameters]
+        partial: by parameter index, the reduction that its gradient still needs per mesh axis.
+        group_name: the ranks that the per-step message is reduced over; None where every rank holds all
+            of every parameter, so that nothing needs to be reduced.
+        device: where the message and the norms live.
+        frozen: positions of the parameters that did not require a gradient when the plan was made.
+    """
+
+    parameters: tuple[ParameterInfo, ...]
+    positions: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    multiplicities: tuple[int, ...]
+    partial: dict[int, tuple[str, ...]]
+    scope: Scope
+    group_name: str | None
+    device: torch.device
+    frozen: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.group_name is None else resolve_group(self.group_name)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the plan still fits the list it was made for: nothing frozen has begun to train."""
+        return not any(tensors[i].requires_grad for i in self.frozen)
+
+
+def build_plan(
+    named: Sequence[NamedParameter],
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    *,
+    alone: bool = False,
+) -> Plan:
+    """Plan the clipping of a list of parameters. To be called by every rank in scope, or by none.
+
+    ``alone`` plans what needs no other rank, and does not talk: elementwise changes.
+
+    Raises:
+        OwnershipError: on every rank, see ``_ownership``.
+        ValueError: see ``find_scope``.
+    """
+    positions: dict[int, int] = {}  # by identity: the same parameter twice is one
+    for position, p in enumerate(named):
+        positions.setdefault(id(p.tensor), position)
+    trains = [i for i in positions.values() if _trains(named[i].tensor)]
+    read = PlacementReader()
+    parameters = [named[i] for i in trains]
+    placements = [read(p.name, p.tensor) for p in parameters]
+    tensors = [p.tensor for p in parameters]
+    if alone:
+        scope = Scope((0,))
+    else:
+        scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group)
+    partial = agree(parameters, placements, scope)
+    group, size = _reduction_group(placements, scope)
+    return Plan(
+        parameters=tuple(p.info for p in parameters),
+        positions=tuple(trains),
+        placements=tuple(placements),
+        multiplicities=tuple(size // p.num_shards for p in placements),
+        partial=partial,
+        scope=scope,
+        group_name=None if group is None else group.group_name,
+        device=message_device(group, tensors),
+        frozen=tuple(sorted(set(positions.values()) - set(trains))),
+    )
+
+
+def _trains(tensor: Tensor) -> bool:
+    return tensor.requires_grad or tensor.grad is not None
+
+
+def _reduction_group(placements: Sequence[Placement], scope: Scope) -> tuple[dist.ProcessGroup | None, int]:
+    """The smallest group known to exist whose sum is the whole: none, one shard axis, or the scope.
+
+    Also its size (or 1 for none, with every multiplicity 1).
+    """
+    sharding = {axis.group_name: axis for p in placements for axis in p.shards}
+    if scope.size == 1 or not sharding:
+        return None, math.prod(axis.size for axis in sharding.values())
+    if len(sharding) == 1:
+        (axis,) = sharding.values()
+        return axis.group, axis.size
+    return scope.group(), scope.size

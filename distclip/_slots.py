@@ -1,0 +1,31 @@
+"""Slots: the norms that one step asks for, and which parameter counts towards which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distclip._plan import Plan
+from distclip.strategies._base import Strategy
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """``of[i]`` is the slot of parameter i; one number per slot travels in the step's message."""
+
+    labels: tuple[str, ...]  # [num_slots]
+    of: tuple[int, ...]  # [num_parameters]
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+
+def slots_of(strategy: Strategy, plan: Plan) -> Slots:
+    """One slot per parameter, or per group of the strategy."""
+    if strategy.per_parameter:
+        return per_parameter(plan)
+    return Slots(strategy.groups, tuple(strategy.group_of(p) for p in plan.parameters))
+
+
+def per_parameter(plan: Plan) -> Slots:
+    return Slots(plan.names, tuple(range(len(plan.parameters))))

@@ -1,0 +1,105 @@
+"""The interface of every clipping algorithm, and the laws that one must keep."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from distclip._decision import Decision
+from distclip._norms import Norms
+from distclip._parameters import ParameterInfo
+
+SUPPORTED_NORM_TYPES = (0.5, 1.0, 2.0, 3.0, math.inf)
+
+
+class Strategy(nn.Module):
+    """A clipping algorithm: the norms of a step in, a decision out.
+
+    Write :meth:`forward` as if there were one device: the norms are those of the whole gradient, the
+    same on every rank. Register whatever must be remembered as buffers; they are moved to the norms'
+    device, travel in ``state_dict()``, and are rolled back when a step turns out non-finite or skipped.
+
+    A strategy keeps these laws (``tests/laws`` runs them over every strategy):
+
+    - *pure*: it reads nothing but ``norms`` and its own buffers, and changes nothing but its buffers;
+      the same history gives the same decisions, on every rank and when replayed from a log;
+    - *no host sync*: no ``.item()``, no ``bool(tensor)``; use ``torch.where`` and ``clamp``;
+    - coefficients are in [0, 1], and exactly 1 where nothing is to be clipped;
+    - clipping what is already clipped changes it by rounding at most.
+
+    Attributes:
+        norm_type: p of the norms it wants: 0.5, 1, 2, 3 or ∞.
+        per_parameter: true to get one norm for every parameter in ``norms.slots``.
+        groups: otherwise, the labels of the slots; :meth:`group_of` assigns parameters to them.
+
+    Example:
+        >>> class HalfAboveOne(distclip.Strategy):
+        ...     def forward(self, norms):
+        ...         one = torch.ones_like(norms.total)
+        ...         coefficient = torch.where(norms.total > 1, 0.5 * one, one)
+        ...         return distclip.Scale(coefficient, threshold=one)
+    """
+
+    norm_type: float = 2.0
+    per_parameter: bool = False
+    groups: tuple[str, ...] = ("total",)
+
+    def group_of(self, parameter: ParameterInfo) -> int:
+        """The slot of a parameter, an index into ``groups``."""
+        return 0
+
+    def forward(self, norms: Norms) -> Decision:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decide(self, norms: Norms) -> Decision:
+        """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped."""
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        decision: Decision = self(norms)
+        if before:
+            counts = torch.isfinite(norms.total)
+            if decision.skip is not None:
+                counts = counts & ~decision.skip
+            for name, buffer in self.named_buffers():
+                buffer.copy_(torch.where(counts, buffer, before[name]))
+        return decision
+
+
+def require_norm_type(norm_type: float | str) -> float:
+    """p as a float.
+
+    Raises:
+        ValueError: p is none of 0.5, 1, 2, 3, ∞.
+    """
+    try:
+        p = float(norm_type)
+    except (TypeError, ValueError):
+        p = math.nan
+    if p not in SUPPORTED_NORM_TYPES:
+        raise ValueError(f"{norm_type=}: expected one of 0.5, 1, 2, 3, inf")
+    return p
+
+
+def require_bound(name: str, value: float) -> float:
+    """A threshold as a float.
+
+    Raises:
+        ValueError: it is negative, NaN or no number. (A negative one would flip the gradient's sign.)
+    """
+    try:
+        bound = float(value)
+    except (TypeError, ValueError):
+        bound = math.nan
+    if not bound >= 0:
+        raise ValueError(f"{name}={value!r}: expected a number that is not negative")
+    return bound
+
+
+def scale_to(norm: Tensor, max_norm: float | Tensor, eps: float) -> Tensor:
+    """``min(1, max_norm / (norm + eps))``, as torch computes it; 1 where ``max_norm`` is infinite."""
+    coefficient = torch.clamp(max_norm / (norm + eps), max=1.0)
+    if isinstance(max_norm, float):
+        return torch.ones_like(norm) if math.isinf(max_norm) else coefficient
+    return torch.where(torch.isinf(max_norm), 1.0, coefficient)

@@ -1,0 +1,45 @@
+"""Clip the norm of every parameter's gradient by itself."""
+
+from __future__ import annotations
+
+import torch
+
+from distclip._decision import Decision, Scale
+from distclip._norms import Norms
+from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
+
+
+class PerParameter(Strategy):
+    """Scale each parameter's gradient so that its own norm is at most ``max_norm`` (layer-wise clipping).
+
+    .. math:: g_i \\leftarrow g_i \\cdot \\min(1, \\text{max\\_norm} / (\\|g_i\\|_p + \\text{eps}))
+
+    Keras calls it ``clipnorm`` (with ``eps=0``). A parameter split over ranks is clipped by the norm of
+    the whole parameter. One number per parameter travels in the step's single collective.
+
+    Args:
+        max_norm: largest allowed norm of each parameter's gradient, ≥ 0.
+        norm_type: p, one of 0.5, 1, 2, 3, ∞.
+        eps: added to the norm before dividing.
+
+    Raises:
+        ValueError: ``max_norm`` or ``eps`` is negative or NaN, or p is none of those.
+
+    Example:
+        >>> clipper = distclip.Clipper(model, distclip.PerParameter(0.1))
+    """
+
+    per_parameter = True
+
+    def __init__(self, max_norm: float = 1.0, norm_type: float | str = 2.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.max_norm = require_bound("max_norm", max_norm)
+        self.norm_type = require_norm_type(norm_type)
+        self.eps = require_bound("eps", eps)
+
+    def forward(self, norms: Norms) -> Decision:
+        threshold = torch.full_like(norms.total, self.max_norm)
+        return Scale(scale_to(norms.slots, self.max_norm, self.eps), threshold)
+
+    def extra_repr(self) -> str:
+        return f"max_norm={self.max_norm}, norm_type={self.norm_type}"

@@ -1,0 +1,45 @@
+"""Clip each element by its value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from distclip._decision import Clamp, Decision
+from distclip._norms import Norms
+from distclip.strategies._base import Strategy, require_bound
+
+
+class Value(Strategy):
+    """Clamp every gradient element to ``[-clip_value, clip_value]``, a complex one to that magnitude.
+
+    This clips the ∞-norm, and changes the gradient's direction: (100, 1) becomes (v, 1). So the norms it
+    asks for, and reports, are ∞-norms: ``total_norm`` is the largest magnitude of any element, and
+    ``clipped_norm`` is that after clamping.
+
+    As :func:`torch.nn.utils.clip_grad_value_`. In bfloat16 and float16 the bound is rounded to the
+    gradient's dtype. NaN stays NaN and ∞ becomes the bound, unless the clipper's ``on_nonfinite`` policy
+    deals with them first.
+
+    Args:
+        clip_value: the bound v, ≥ 0.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN.
+
+    Example:
+        >>> clipper = distclip.Clipper(model, distclip.Value(0.5))
+    """
+
+    norm_type = math.inf
+
+    def __init__(self, clip_value: float) -> None:
+        super().__init__()
+        self.clip_value = require_bound("clip_value", clip_value)
+
+    def forward(self, norms: Norms) -> Decision:
+        return Clamp(torch.full_like(norms.total, self.clip_value))
+
+    def extra_repr(self) -> str:
+        return f"clip_value={self.clip_value}"

@@ -1,0 +1,190 @@
+"""A persistent pool of real gloo ranks, so that a distributed test costs milliseconds, not seconds.
+
+    @on_ranks(4)
+    def test_something(rank: int) -> None:
+        ...                                   # runs in 4 processes that share a gloo process group
+
+The processes are started once per world size and pytest worker, from a fork server that has torch
+imported already, and meet through a FileStore. After any failure or timeout the whole pool is killed: a
+rank that skipped a collective would break the next, innocent test. Every rank's traceback is shown.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import importlib
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+
+_TIMEOUT = 60.0  # seconds for one test, after the pool is up
+_START_TIMEOUT = 120.0
+
+
+class RankFailure(AssertionError):
+    """What went wrong, by rank."""
+
+
+class RankPool:
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+        self.world_size = world_size
+        self._directory = tempfile.TemporaryDirectory(prefix="distclip-ranks-")
+        store = os.path.join(self._directory.name, "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._gather(_START_TIMEOUT)
+
+    def run(
+        self, module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float
+    ) -> list[Any]:
+        """Run ``module.name(rank, *args, **kwargs)`` on every rank; the results in order of rank."""
+        for pipe in self._pipes:
+            pipe.send((module, name, args, kwargs))
+        return self._gather(timeout)
+
+    def _gather(self, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            left = deadline - time.monotonic()
+            ready = wait(list(waiting.values()), timeout=max(0.0, left))
+            if not ready:
+                break
+            for rank, pipe in list(waiting.items()):
+                if pipe in ready:
+                    del waiting[rank]
+                    try:
+                        ok, value = pipe.recv()
+                    except EOFError:
+                        ok, value = False, "the process died"
+                    (results if ok else errors)[rank] = value
+            if errors:  # the others may be waiting for this one: give them a moment to say so
+                deadline = min(deadline, time.monotonic() + 3.0)
+        if waiting or errors:
+            self.kill()
+            said = [f"--- rank {rank} ---\n{error}" for rank, error in sorted(errors.items())]
+            said += [
+                f"--- rank {rank} --- did not finish (a hang, or another rank failed)" for rank in waiting
+            ]
+            raise RankFailure(f"on {self.world_size} ranks:\n" + "\n".join(said))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._directory.cleanup()
+        _pools.pop(self.world_size, None)
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+        self.kill()
+
+
+_pools: dict[int, RankPool] = {}
+
+
+def pool(world_size: int) -> RankPool:
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    return _pools[world_size]
+
+
+@atexit.register
+def _close_pools() -> None:
+    for p in list(_pools.values()):
+        p.kill()
+
+
+def on_ranks(
+    world_size: int, timeout: float = _TIMEOUT
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Run a test on that many gloo ranks. Its first argument is the rank; the others come from pytest
+    (parameters that can be pickled). What the ranks return must be equal on all of them, if anything."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(*args: Any, **kwargs: Any) -> None:
+            results = pool(world_size).run(body.__module__, body.__qualname__, args, kwargs, timeout)
+            assert all(r == results[0] for r in results), f"ranks disagree: {results}"
+
+        # pytest asks the signature for fixtures: hide the rank.
+        import inspect
+
+        signature = inspect.signature(body)
+        test.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+        test.__body__ = body  # type: ignore[attr-defined]
+        del test.__wrapped__  # pytest would look through it
+        return pytest.mark.distributed(test)
+
+    return decorate
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    warnings.simplefilter("error")
+    quiet_known_warnings()
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=30),
+        )
+        pipe.send((True, None))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        return
+    while (job := pipe.recv()) is not None:
+        module, name, args, kwargs = job
+        try:
+            test = getattr(importlib.import_module(module), name)
+            torch.manual_seed(0)
+            result = getattr(test, "__body__", test)(rank, *args, **kwargs)
+            gc.collect()  # FSDP models die here, with the process group still alive
+            pipe.send((True, result))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def quiet_known_warnings() -> None:
+    """Warnings of torch's own making that say nothing about distclip, each with its reason."""
+    for message in (
+        # torch internals that call torch's own deprecated functions
+        ".*is deprecated.*",
+        ".*will be deprecated.*",
+        ".*deprecated and will be removed.*",
+    ):
+        warnings.filterwarnings("ignore", message=message, module="torch")
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
