@@ -57,7 +57,7 @@ def carry_out(
             clipped = ~left_alone
         decision = Clamp(torch.where(left_alone, math.inf, decision.bound))
 
-    clipped_norm = _norm_after(decision, norms)
+    clipped_norm = torch.where(clipped, _norm_after(decision, norms), norms.total)
     _change(decision, clipped, gradients, slots)
     if on_nonfinite == "zero":
         _zero_where(nonfinite, gradients)
@@ -87,7 +87,7 @@ def _norm_after(decision: Decision, norms: Norms) -> Tensor:
 def _ratio(decision: Decision, norms: Norms, clipped_norm: Tensor) -> Tensor:
     if isinstance(decision, Scale) and decision.coefficient.dim() == 0:
         return decision.coefficient
-    return torch.where(norms.total == 0, 1.0, clipped_norm / norms.total)
+    return torch.where(clipped_norm == norms.total, 1.0, clipped_norm / norms.total)
 
 
 def _change(decision: Decision, clipped: Tensor, gradients: Gradients, slots: Slots) -> None:

@@ -195,8 +195,11 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _project(samples: Tensor) -> Tensor:
-    """[k, _SAMPLES] -> [k, _WORDS]: projections of the unit vector, and log2 of the norm."""
-    samples = samples.nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+    """[k, _SAMPLES] -> [k, _WORDS]: projections of the unit vector, and log2 of the norm.
+
+    NaN, which is no evidence, where a sample is not finite: an overflow may well be one rank's alone.
+    """
+    samples = torch.where(samples.isfinite().all(dim=1, keepdim=True), samples, math.nan)
     positions = torch.arange(1, _SAMPLES + 1, dtype=torch.float64, device=samples.device)
     turns = torch.arange(1, _PROJECTIONS + 1, dtype=torch.float64, device=samples.device)
     weights = torch.cos(positions[:, None] * turns * 0.7548776662466927 + turns)  # [_SAMPLES, _PROJECTIONS]

@@ -33,7 +33,8 @@ def settle_gradients(plan: Plan, parameters: Sequence[Tensor]) -> None:
 
     ``Partial`` gradients of replicated parameters (sequence parallelism) are summed, all of one mesh axis
     and dtype in a single all-reduce, and written back as replicated. A rank whose gradient is missing
-    joins with zeros and receives the sum.
+    joins with zeros and receives the sum. (Invariant: the ranks of a mesh that have a gradient have it in
+    the same placement, as DTensor's backward pass leaves it.)
     """
     flights: dict[tuple[int, int, str, torch.dtype], list[_PartialGradient]] = {}
     for i, (parameter, placement) in enumerate(zip(parameters, plan.placements, strict=True)):

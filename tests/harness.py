@@ -12,21 +12,24 @@ rank that skipped a collective would break the next, innocent test. Every rank's
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import importlib
+import inspect
 import multiprocessing as mp
 import os
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
+
+from tests.layouts import Layout
 
 _TIMEOUT = 60.0  # seconds for one test, after the pool is up
 _START_TIMEOUT = 120.0
@@ -34,6 +37,17 @@ _START_TIMEOUT = 120.0
 
 class RankFailure(AssertionError):
     """What went wrong, by rank."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A test body to be found by name, and what to call it with."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    with_rank: bool
 
 
 class RankPool:
@@ -54,12 +68,10 @@ class RankPool:
             self._processes.append(process)
         self._gather(_START_TIMEOUT)
 
-    def run(
-        self, module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float
-    ) -> list[Any]:
-        """Run ``module.name(rank, *args, **kwargs)`` on every rank; the results in order of rank."""
+    def run(self, job: Job, timeout: float) -> list[Any]:
+        """Run the job on every rank; the results in order of rank."""
         for pipe in self._pipes:
-            pipe.send((module, name, args, kwargs))
+            pipe.send(job)
         return self._gather(timeout)
 
     def _gather(self, timeout: float) -> list[Any]:
@@ -129,21 +141,63 @@ def on_ranks(
     (parameters that can be pickled). What the ranks return must be equal on all of them, if anything."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., None]:
-        @functools.wraps(body)
         def test(*args: Any, **kwargs: Any) -> None:
-            results = pool(world_size).run(body.__module__, body.__qualname__, args, kwargs, timeout)
-            assert all(r == results[0] for r in results), f"ranks disagree: {results}"
+            _run_on_pool(world_size, body, args, kwargs, timeout)
 
-        # pytest asks the signature for fixtures: hide the rank.
-        import inspect
-
-        signature = inspect.signature(body)
-        test.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
-        test.__body__ = body  # type: ignore[attr-defined]
-        del test.__wrapped__  # pytest would look through it
-        return pytest.mark.distributed(test)
+        parameters = list(inspect.signature(body).parameters.values())
+        return pytest.mark.distributed(_named_like(body, test, parameters[1:]))
 
     return decorate
+
+
+def on_row(
+    rows: Mapping[str, Layout], timeout: float = _TIMEOUT
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Run a test for each row of the placement table, on as many ranks as the row says (1: right here,
+    without a process group). Its first argument is the row's name."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., None]:
+        def test(*args: Any, row: str, **kwargs: Any) -> None:
+            if rows[row].world == 1:
+                body(row, *args, **kwargs)
+            else:
+                _run_on_pool(rows[row].world, body, (row, *args), kwargs, timeout, with_rank=False)
+
+        parameters = list(inspect.signature(body).parameters.values())
+        # Rows of one world size stay on one pytest worker, which so needs one pool of that size.
+        marked = [
+            pytest.param(name, marks=pytest.mark.xdist_group(f"world{row.world}"))
+            for name, row in rows.items()
+        ]
+        return pytest.mark.parametrize("row", marked)(
+            pytest.mark.distributed(_named_like(body, test, parameters))
+        )
+
+    return decorate
+
+
+def _run_on_pool(
+    world_size: int,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timeout: float,
+    with_rank: bool = True,
+) -> None:
+    job = Job(body.__module__, body.__qualname__, args, kwargs, with_rank)
+    results = pool(world_size).run(job, timeout)
+    assert all(r == results[0] for r in results), f"ranks disagree: {results}"
+
+
+def _named_like(
+    body: Callable[..., Any], test: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(test, attribute, getattr(body, attribute))
+    # pytest asks the signature for its fixtures: the rank is none.
+    test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    test.__body__ = body  # type: ignore[attr-defined]
+    return test
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
@@ -167,11 +221,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         pipe.send((False, traceback.format_exc()))
         return
     while (job := pipe.recv()) is not None:
-        module, name, args, kwargs = job
         try:
-            test = getattr(importlib.import_module(module), name)
+            test = getattr(importlib.import_module(job.module), job.name)
             torch.manual_seed(0)
-            result = getattr(test, "__body__", test)(rank, *args, **kwargs)
+            args = (rank, *job.args) if job.with_rank else job.args
+            result = test.__body__(*args, **job.kwargs)
             gc.collect()  # FSDP models die here, with the process group still alive
             pipe.send((True, result))
         except BaseException:

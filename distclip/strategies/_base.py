@@ -57,7 +57,7 @@ class Strategy(nn.Module):
     def decide(self, norms: Norms) -> Decision:
         """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped."""
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        decision: Decision = self(norms)
+        decision = self.forward(norms)
         if before:
             counts = torch.isfinite(norms.total)
             if decision.skip is not None:
