@@ -12,6 +12,7 @@ from distclip._report import ClipReport
 from distclip.clipper import Clipper
 from distclip.errors import DistclipError, NonFiniteError, OwnershipError
 from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
+from distclip.ownership import declare
 from distclip.strategies import GlobalNorm, PerGroup, PerParameter, Strategy, Value
 
 __version__ = _version("distclip")
@@ -33,5 +34,6 @@ __all__ = [
     "Value",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "declare",
     "total_grad_norm",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip import _kernels as kernels
-from distclip._decision import Clamp, Decision, Scale
+from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._gradients import Gradients
 from distclip._norms import Norms, combine
 from distclip._report import ClipReport
@@ -47,25 +47,34 @@ def carry_out(
     if decision.skip is not None:
         left_alone, skipped = left_alone | decision.skip, skipped | decision.skip
 
-    if isinstance(decision, Scale):
+    scale, clamp = parts(decision)
+    clipped = torch.zeros_like(nonfinite)
+    norm_after = norms.total
+    coefficient, bound = None, None
+    if scale is not None:
         # A gradient that is left alone is multiplied by exactly 1, never by 0 (0 · NaN is NaN).
-        decision = Scale(torch.where(left_alone, 1.0, decision.coefficient), decision.threshold)
-        clipped = (decision.coefficient != 1).any()  # also NaN, which is to propagate
-    else:
-        clipped = (norms.total > decision.bound) & ~left_alone
-        if not math.isinf(norms.norm_type):  # another norm does not tell whether any element is too large
-            clipped = ~left_alone
-        decision = Clamp(torch.where(left_alone, math.inf, decision.bound))
+        coefficient = torch.where(left_alone, 1.0, scale.coefficient)
+        clipped = (coefficient != 1).any()  # also NaN, which is to propagate
+        norm_after = torch.where(clipped, _scaled_norm(norms, coefficient), norms.total)
+    if clamp is not None:
+        bound = torch.where(left_alone, math.inf, clamp.bound)
+        if math.isinf(norms.norm_type):
+            clipped = clipped | (norm_after > bound)
+            norm_after = torch.minimum(norm_after, bound)
+        else:  # another norm does not tell whether any element is too large, nor what is left
+            clipped = clipped | ~left_alone
+            norm_after = torch.where(left_alone, norm_after, math.nan)
 
-    clipped_norm = torch.where(clipped, _norm_after(decision, norms), norms.total)
-    _change(decision, clipped, gradients, slots)
+    _change(coefficient, bound, clipped, gradients, slots)
     if on_nonfinite == "zero":
         _zero_where(nonfinite, gradients)
-        clipped_norm = torch.where(nonfinite, 0.0, clipped_norm)
+        norm_after = torch.where(nonfinite, 0.0, norm_after)
+    single = scale is not None and clamp is None and scale.coefficient.dim() == 0
+    ratio = torch.where(norm_after == norms.total, 1.0, norm_after / norms.total)
     return ClipReport(
         total_norm=norms.total,
-        clipped_norm=clipped_norm,
-        coefficient=_ratio(decision, norms, clipped_norm),
+        clipped_norm=norm_after,
+        coefficient=coefficient if single and coefficient is not None else ratio,
         threshold=decision.threshold,
         clipped=clipped,
         nonfinite=nonfinite,
@@ -74,37 +83,36 @@ def carry_out(
     )
 
 
-def _norm_after(decision: Decision, norms: Norms) -> Tensor:
-    if isinstance(decision, Scale):
-        if decision.coefficient.dim() == 0:
-            return norms.total * decision.coefficient
-        return combine(norms.slots * decision.coefficient, norms.norm_type)
-    if math.isinf(norms.norm_type):
-        return torch.minimum(norms.total, decision.bound)
-    return torch.full_like(norms.total, math.nan)  # not known in closed form
+def parts(decision: Decision) -> tuple[Scale | None, Clamp | None]:
+    """What is to be done, in this order."""
+    if isinstance(decision, Then):
+        return decision.first, decision.second
+    return (decision, None) if isinstance(decision, Scale) else (None, decision)
 
 
-def _ratio(decision: Decision, norms: Norms, clipped_norm: Tensor) -> Tensor:
-    if isinstance(decision, Scale) and decision.coefficient.dim() == 0:
-        return decision.coefficient
-    return torch.where(clipped_norm == norms.total, 1.0, clipped_norm / norms.total)
+def _scaled_norm(norms: Norms, coefficient: Tensor) -> Tensor:
+    if coefficient.dim() == 0:
+        return norms.total * coefficient
+    return combine(norms.slots * coefficient, norms.norm_type)
 
 
-def _change(decision: Decision, clipped: Tensor, gradients: Gradients, slots: Slots) -> None:
+def _change(
+    coefficient: Tensor | None, bound: Tensor | None, clipped: Tensor, gradients: Gradients, slots: Slots
+) -> None:
     # On the CPU the flag is simply looked at. On an accelerator that would wait for the device, and a
     # coefficient of exactly 1 changes no bit anyway.
     if clipped.device.type == "cpu" and not clipped.item():
         return
     for bucket in gradients.buckets:
         device = bucket.tensors[0].device
-        if isinstance(decision, Clamp):
-            kernels.clamp_(bucket.tensors, decision.bound.to(device))
-        elif decision.coefficient.dim() == 0:
-            kernels.scale_(bucket.tensors, decision.coefficient.to(device))
-        else:
-            coefficient = decision.coefficient
-            owners = torch.tensor([slots.of[i] for i in bucket.parameters], device=coefficient.device)
-            kernels.scale_each_(bucket.tensors, coefficient[owners].to(device))
+        if coefficient is not None:
+            if coefficient.dim() == 0:
+                kernels.scale_(bucket.tensors, coefficient.to(device))
+            else:
+                owners = torch.tensor([slots.of[i] for i in bucket.parameters], device=coefficient.device)
+                kernels.scale_each_(bucket.tensors, coefficient[owners].to(device))
+        if bound is not None:
+            kernels.clamp_(bucket.tensors, bound.to(device))
     gradients.commit()
 
 

@@ -40,4 +40,21 @@ class Clamp:
         return self.bound
 
 
-Decision: TypeAlias = Scale | Clamp
+@dataclass(frozen=True)
+class Then:
+    """Scale first, then clamp the elements of what that leaves."""
+
+    first: Scale
+    second: Clamp
+
+    @property
+    def skip(self) -> Tensor | None:
+        one, other = self.first.skip, self.second.skip
+        return other if one is None else one if other is None else one | other
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.first.threshold
+
+
+Decision: TypeAlias = Scale | Clamp | Then

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip._plan import Plan
-from distclip._reduction import as_dtensor, settle_gradients, wait
+from distclip._reduction import as_dtensor, is_summed, settle_gradients, wait
 
 
 @dataclass(eq=False)
@@ -78,7 +78,10 @@ def _unsettled(plan: Plan, parameters: Sequence[Tensor]) -> bool:
     if any(parameters[i].grad is None for i in plan.partial):
         return True
     for parameter, placement in zip(parameters, plan.placements, strict=True):
-        if placement.mesh is not None:
+        if placement.partial:
+            if not is_summed(parameter):
+                return True
+        elif placement.mesh is not None:
             gradient: Any = parameter.grad
             if gradient is not None and gradient._spec.placements != placement.torch_placements:
                 return True

@@ -9,6 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from distclip._fsdp1 import annotate_fsdp1
+from distclip._placement import whole_shape
+
 Parameters: TypeAlias = (
     nn.Module | torch.optim.Optimizer | Tensor | Iterable[Tensor | tuple[str, Tensor] | nn.Module]
 )
@@ -35,7 +38,7 @@ class NamedParameter:
 
     @property
     def info(self) -> ParameterInfo:
-        return ParameterInfo(self.name, self.tensor.shape, self.optimizer_group)
+        return ParameterInfo(self.name, torch.Size(whole_shape(self.tensor)), self.optimizer_group)
 
 
 def freeze_source(parameters: Parameters, *, may_be_empty: bool = False) -> Parameters:
@@ -85,8 +88,7 @@ def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
     if isinstance(parameters, Tensor):
         yield NamedParameter("parameter", parameters)
     elif isinstance(parameters, nn.Module):
-        for name, tensor in parameters.named_parameters():
-            yield NamedParameter(name, tensor)
+        yield from _walk_module("", parameters)
     elif isinstance(parameters, torch.optim.Optimizer):
         for g, group in enumerate(parameters.param_groups):
             names = group.get("param_names")
@@ -95,8 +97,7 @@ def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
     elif isinstance(parameters, Iterable) and not isinstance(parameters, str | bytes | dict):
         for i, item in enumerate(parameters):
             if isinstance(item, nn.Module):
-                for name, tensor in item.named_parameters():
-                    yield NamedParameter(f"modules[{i}].{name}", tensor)
+                yield from _walk_module(f"modules[{i}].", item)
             elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
                 yield NamedParameter(item[0], item[1])
             else:
@@ -106,6 +107,12 @@ def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
             f"parameters={type(parameters).__name__}: expected a Module, several Modules, an Optimizer, "
             "a Tensor, or an iterable of Tensors or of (name, Tensor)"
         )
+
+
+def _walk_module(prefix: str, module: nn.Module) -> Iterator[NamedParameter]:
+    annotate_fsdp1(module)
+    for name, tensor in module.named_parameters():
+        yield NamedParameter(prefix + name.replace("_fsdp_wrapped_module.", ""), tensor)
 
 
 def _require_parameter(parameter: NamedParameter) -> None:

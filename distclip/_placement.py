@@ -8,7 +8,6 @@ over, each element is held by ``R / Π|shard axis|`` ranks (its multiplicity).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +30,58 @@ class Axis:
     group_name: str
 
     @staticmethod
-    def along(group: dist.ProcessGroup, name: str) -> Axis:
-        return Axis(name, group.size(), group.group_name)
+    def along(given: dist.ProcessGroup | DeviceMesh, argument: str) -> Axis:
+        """From what a user passes as a group.
+
+        Raises:
+            ValueError: a mesh of several axes, or a group that this rank is no member of.
+            TypeError: neither a mesh nor a group.
+        """
+        if isinstance(given, DeviceMesh):
+            if given.ndim != 1:
+                raise ValueError(f"{argument}={given} has {given.ndim} axes: pass one of them, mesh['name']")
+            return Axis.of_mesh(given, 0)
+        if not isinstance(given, dist.ProcessGroup):
+            raise TypeError(f"{argument}={given!r}: expected a ProcessGroup or a 1-D DeviceMesh")
+        ranks = dist.get_process_group_ranks(given)
+        if dist.get_rank() not in ranks:
+            raise ValueError(
+                f"{argument} spans ranks {_short(ranks)}, of which rank {dist.get_rank()} is none"
+            )
+        return Axis(f"ranks {_short(ranks)}", len(ranks), given.group_name)
+
+    @staticmethod
+    def of_mesh(mesh: DeviceMesh, axis: int) -> Axis:
+        name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else f"axis {axis}"
+        return Axis(name, mesh.size(axis), mesh.get_group(axis).group_name)
 
     @property
     def group(self) -> dist.ProcessGroup:
         return resolve_group(self.group_name)
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(dist.get_process_group_ranks(self.group))
 
-def resolve_group(name: str) -> dist.ProcessGroup:
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+    @property
+    def coordinate(self) -> int:
+        """Where this rank stands along the axis."""
+        return dist.get_rank(self.group)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Ranks that are known to hold a parameter between them. ``mesh`` is theirs, if they form one."""
+
+    ranks: tuple[int, ...]  # sorted
+    group_name: str | None = None  # of exactly these ranks, where one is known
+    mesh: DeviceMesh | None = None
+
+    @staticmethod
+    def of_mesh(mesh: DeviceMesh) -> Home:
+        ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+        member = mesh.ndim == 1 and mesh.get_coordinate() is not None
+        return Home(ranks, mesh.get_group().group_name if member else None, mesh)
 
 
 @dataclass(frozen=True)
@@ -49,23 +90,46 @@ class Placement:
 
     Attributes:
         shards: axes (longer than 1) along which ranks hold different elements.
-        mesh: the mesh of a DTensor, whose ranks are known to hold this parameter; None for a plain
-            tensor, which says nothing about other ranks.
+        home: the ranks that are known to hold it; None for a plain tensor, which tells nothing of others.
         label: for people, e.g. ``Shard(0) on dp, Replicate() on tp``.
-        torch_placements: one per mesh axis (empty for a plain tensor).
+        mesh, torch_placements: of a DTensor (else None and empty).
+        partial: axes along which the gradient of a plain parameter has yet to be summed.
+        tied: the axis along which other pipeline stages hold a copy, or None.
+        local: no other rank holds any part of it.
     """
 
     shards: tuple[Axis, ...]
-    mesh: DeviceMesh | None
+    home: Home | None
     label: str
+    mesh: DeviceMesh | None = None
     torch_placements: tuple[Any, ...] = ()
+    partial: tuple[Axis, ...] = ()
+    tied: Axis | None = None
+    local: bool = False
 
     @property
     def num_shards(self) -> int:
         return math.prod(axis.size for axis in self.shards)
 
 
-PLAIN = Placement((), None, "plain")
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a plain tensor beside the tensor: by declaration, or by who manages it (FSDP1)."""
+
+    label: str
+    shards: tuple[Axis, ...] = ()
+    home: Home | None = None
+    partial: tuple[Axis, ...] = ()
+    tied: Axis | None = None
+    local: bool = False
+    shape: tuple[int, ...] | None = None  # of the whole parameter, where the tensor's own tells less
+
+
+# Attributes of a tensor that hold a Declaration.
+DECLARED = "_distclip_declared"
+MANAGED = "_distclip_managed"
+# Attribute that holds the gradient whose declared sum has been taken.
+SUMMED = "_distclip_summed"
 
 
 class PlacementReader:
@@ -75,13 +139,25 @@ class PlacementReader:
         self._known: dict[tuple[int, tuple[Any, ...]], Placement] = {}
 
     def __call__(self, name: str, parameter: Tensor) -> Placement:
-        if not isinstance(parameter, DTensor):
-            return PLAIN
+        if isinstance(parameter, DTensor):
+            base = self._of_dtensor(name, parameter)
+        else:
+            base = _PLAIN
+            if (managed := getattr(parameter, MANAGED, None)) is not None:
+                base = Placement(managed.shards, managed.home, managed.label)
+        if (declared := getattr(parameter, DECLARED, None)) is not None:
+            return _with_declaration(name, base, declared)
+        return base
+
+    def _of_dtensor(self, name: str, parameter: DTensor) -> Placement:
         mesh, placements = parameter.device_mesh, tuple(parameter.placements)
         key = (id(mesh), placements)
         if key not in self._known:
             self._known[key] = _of_mesh(name, mesh, placements)
         return self._known[key]
+
+
+_PLAIN = Placement((), None, "plain")
 
 
 def _of_mesh(name: str, mesh: DeviceMesh, placements: tuple[Any, ...]) -> Placement:
@@ -96,28 +172,40 @@ def _of_mesh(name: str, mesh: DeviceMesh, placements: tuple[Any, ...]) -> Placem
         words.append(f"{placement} on {axis_name}")
         # _StridedShard is no subclass of Shard, and says False to is_shard() in some releases.
         if not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None:
-            shards.append(Axis.along(mesh.get_group(i), axis_name))
-    return Placement(tuple(shards), mesh, ", ".join(words), placements)
+            shards.append(Axis.of_mesh(mesh, i))
+    return Placement(tuple(shards), Home.of_mesh(mesh), ", ".join(words), mesh, placements)
 
 
-def root_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that ``mesh`` was sliced from, itself if from none."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    from torch.distributed.device_mesh import _mesh_resources  # torch < 2.8
+def _with_declaration(name: str, base: Placement, declared: Declaration) -> Placement:
+    known = {axis.group_name for axis in base.shards}
+    if twice := [axis.name for axis in declared.shards if axis.group_name in known]:
+        raise ValueError(
+            f"{name} is declared sharded over {twice[0]}, over which it is placed {base.label} already: "
+            "declare only what the tensor does not say"
+        )
+    return Placement(
+        shards=base.shards + tuple(axis for axis in declared.shards if axis.size > 1),
+        home=base.home,
+        label=declared.label if base is _PLAIN else f"{base.label}; {declared.label}",
+        mesh=base.mesh,
+        torch_placements=base.torch_placements,
+        partial=tuple(axis for axis in declared.partial if axis.size > 1),
+        tied=declared.tied,
+        local=declared.local,
+    )
 
-    return _mesh_resources.get_root_mesh(mesh)
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, as far as it is known on this rank."""
+    managed = getattr(parameter, MANAGED, None)
+    return tuple(parameter.shape) if managed is None or managed.shape is None else managed.shape
 
 
-def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
+def resolve_group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
 
 
-def distinct_meshes(placements: Sequence[Placement]) -> list[DeviceMesh]:
-    """The meshes that occur, in order of first appearance."""
-    by_id = {id(p.mesh): p.mesh for p in placements if p.mesh is not None}
-    meshes: list[DeviceMesh] = []
-    for mesh in by_id.values():
-        if mesh not in meshes:
-            meshes.append(mesh)
-    return meshes
+def _short(ranks: list[int]) -> str:
+    if len(ranks) > 4:
+        return f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
+    return ", ".join(map(str, ranks))

@@ -33,6 +33,8 @@ class Plan:
         placements: where the elements of each live.                        # [num_parameters]
         multiplicities: ranks of ``group`` that hold the same elements.     # [num_parameters]
         partial: by parameter index, the reduction that its gradient still needs per mesh axis.
+        names: of all parameters of all pipeline stages, in order of stages.
+        offset: where this rank's own begin among them.
         group_name: the ranks that the per-step message is reduced over; None where every rank holds all
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
@@ -44,14 +46,12 @@ class Plan:
     placements: tuple[Placement, ...]
     multiplicities: tuple[int, ...]
     partial: dict[int, tuple[str, ...]]
+    names: tuple[str, ...]
+    offset: int
     scope: Scope
     group_name: str | None
     device: torch.device
     frozen: tuple[int, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self.parameters)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -65,6 +65,7 @@ class Plan:
 def build_plan(
     named: Sequence[NamedParameter],
     process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    stages: dist.ProcessGroup | DeviceMesh | None = None,
     *,
     alone: bool = False,
 ) -> Plan:
@@ -87,15 +88,20 @@ def build_plan(
     if alone:
         scope = Scope((0,))
     else:
-        scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group)
-    partial = agree(parameters, placements, scope)
-    group, size = _reduction_group(placements, scope)
+        scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group, stages)
+    agreed = agree(parameters, placements, scope)
+    group, size = _reduction_group(placements, scope, agreed.sharded)
     return Plan(
         parameters=tuple(p.info for p in parameters),
         positions=tuple(trains),
         placements=tuple(placements),
-        multiplicities=tuple(size // p.num_shards for p in placements),
-        partial=partial,
+        multiplicities=tuple(
+            size // (p.num_shards * scope.num_stages) * agreed.copies.get(i, 1)
+            for i, p in enumerate(placements)
+        ),
+        partial=agreed.partial,
+        names=agreed.names,
+        offset=agreed.offset,
         scope=scope,
         group_name=None if group is None else group.group_name,
         device=message_device(group, tensors),
@@ -107,14 +113,21 @@ def _trains(tensor: Tensor) -> bool:
     return tensor.requires_grad or tensor.grad is not None
 
 
-def _reduction_group(placements: Sequence[Placement], scope: Scope) -> tuple[dist.ProcessGroup | None, int]:
-    """The smallest group known to exist whose sum is the whole: none, one shard axis, or the scope.
+def _reduction_group(
+    placements: Sequence[Placement], scope: Scope, sharded: bool
+) -> tuple[dist.ProcessGroup | None, int]:
+    """The smallest group known to exist whose sum is the whole: none, one axis, or the scope.
 
-    Also its size (or 1 for none, with every multiplicity 1).
+    Also its size. ``sharded``: whether any rank in scope holds a shard within its stage.
     """
     sharding = {axis.group_name: axis for p in placements for axis in p.shards}
-    if scope.size == 1 or not sharding:
+    if scope.size == 1:
+        # Nothing is reduced: every multiplicity comes out as 1 or more, and is not asked for.
         return None, math.prod(axis.size for axis in sharding.values())
+    if scope.stages is not None:
+        return (scope.group(), scope.size) if sharded else (scope.stages.group, scope.stages.size)
+    if not sharding:
+        return None, 1
     if len(sharding) == 1:
         (axis,) = sharding.values()
         return axis.group, axis.size

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
 
 
@@ -31,31 +31,49 @@ def reduce_message(message: Tensor, norm_type: float, group: dist.ProcessGroup |
 def settle_gradients(plan: Plan, parameters: Sequence[Tensor]) -> None:
     """Bring DTensor gradients that lie otherwise than their parameters into the parameters' placement.
 
-    ``Partial`` gradients of replicated parameters (sequence parallelism) are summed, all of one mesh axis
-    and dtype in a single all-reduce, and written back as replicated. A rank whose gradient is missing
-    joins with zeros and receives the sum. (Invariant: the ranks of a mesh that have a gradient have it in
-    the same placement, as DTensor's backward pass leaves it.)
+    ``Partial`` gradients of replicated parameters (sequence parallelism), and those of plain parameters
+    declared ``partial_over=``, are summed, all of one axis and dtype in a single all-reduce, and written
+    back as replicated. A rank whose gradient is missing joins with zeros and receives the sum. (Invariant:
+    the ranks of a mesh that have a gradient have it in the same placement, as DTensor's backward pass
+    leaves it.)
     """
-    flights: dict[tuple[int, int, str, torch.dtype], list[_PartialGradient]] = {}
+    flights: dict[tuple[str, str, torch.dtype], list[_PartialGradient]] = {}
     for i, (parameter, placement) in enumerate(zip(parameters, plan.placements, strict=True)):
-        gradient = parameter.grad
-        reductions: tuple[str, ...] = ()
-        if gradient is None:
-            reductions = plan.partial.get(i, ())
-        elif isinstance(gradient, DTensor) and gradient.placements != placement.torch_placements:
-            reductions = _pending_reductions(gradient.placements, placement.torch_placements)
-            if not reductions:
-                parameter.grad = gradient.redistribute(placement.mesh, placement.torch_placements)
-        if any(reductions):
-            partial = _PartialGradient.of(parameter, placement.torch_placements)
-            for axis, reduction in enumerate(reductions):
-                if reduction:
-                    flight = (id(placement.mesh), axis, reduction, partial.local.dtype)
-                    flights.setdefault(flight, []).append(partial)
-    for (_, axis, reduction, _), members in flights.items():
-        _sum(members, members[0].parameter.device_mesh, axis, reduction)
+        axes = _pending(parameter, placement, plan.partial.get(i, ()))
+        if axes:
+            partial = _PartialGradient.of(parameter, placement)
+            for axis, reduction in axes:
+                flights.setdefault((axis.group_name, reduction, partial.local.dtype), []).append(partial)
+    for (group_name, reduction, _), members in flights.items():
+        _sum(members, resolve_group(group_name), reduction)
     for partial in {id(p): p for members in flights.values() for p in members}.values():
         partial.write_back()
+
+
+def is_summed(parameter: Tensor) -> bool:
+    """Whether the present gradient of a parameter declared ``partial_over=`` has been summed already.
+
+    The mark is the gradient itself, and backward takes it away (see ``distclip.declare``): a gradient that
+    is only changed in place afterwards, say unscaled, is not summed twice.
+    """
+    return parameter.grad is not None and getattr(parameter, SUMMED, None) is parameter.grad
+
+
+def _pending(parameter: Tensor, placement: Placement, agreed: tuple[str, ...]) -> list[tuple[Axis, str]]:
+    """The sums that the gradient still needs: over which axis, and whether ``"sum"`` or ``"avg"``."""
+    if placement.partial:
+        return [] if is_summed(parameter) else [(axis, "sum") for axis in placement.partial]
+    gradient, mesh = parameter.grad, placement.mesh
+    reductions: tuple[str, ...] = ()
+    if gradient is None:
+        reductions = agreed
+    elif isinstance(gradient, DTensor) and gradient.placements != placement.torch_placements:
+        reductions = _pending_reductions(gradient.placements, placement.torch_placements)
+        if not reductions:
+            parameter.grad = gradient.redistribute(mesh, placement.torch_placements)
+    if mesh is None:
+        return []
+    return [(Axis.of_mesh(mesh, i), reduction) for i, reduction in enumerate(reductions) if reduction]
 
 
 def _pending_reductions(found: Sequence[Any], wanted: Sequence[Any]) -> tuple[str, ...]:
@@ -67,38 +85,44 @@ def _pending_reductions(found: Sequence[Any], wanted: Sequence[Any]) -> tuple[st
 
 @dataclass(eq=False)
 class _PartialGradient:
-    parameter: DTensor
-    placements: tuple[Any, ...]  # to be written back with
+    parameter: Tensor
+    placement: Placement
     local: Tensor
     holders: Tensor  # [1]: of the ranks summed so far, how many had a gradient
 
     @staticmethod
-    def of(parameter: Tensor, placements: tuple[Any, ...]) -> _PartialGradient:
-        assert isinstance(parameter, DTensor)
+    def of(parameter: Tensor, placement: Placement) -> _PartialGradient:
         gradient = parameter.grad
-        if gradient is None:
-            local = torch.zeros_like(parameter._local_tensor)
-        else:
-            assert isinstance(gradient, DTensor)
-            local = wait(gradient._local_tensor)
-        return _PartialGradient(parameter, placements, local, local.new_full((1,), gradient is not None))
+        local = torch.zeros_like(local_of(parameter)) if gradient is None else wait(local_of(gradient))
+        return _PartialGradient(parameter, placement, local, local.new_full((1,), gradient is not None))
 
     def write_back(self) -> None:
-        # Only a rank that had none has to look whether any other had (the one host sync of this path).
-        if self.parameter.grad is None and not self.holders.item():
+        parameter, gradient = self.parameter, self.parameter.grad
+        if isinstance(parameter, DTensor):
+            # Only a rank that had none has to look whether any other had (the one sync of this path).
+            if gradient is not None or self.holders.item():
+                parameter.grad = as_dtensor(self.local, parameter, self.placement.torch_placements)
             return
-        self.parameter.grad = as_dtensor(self.local, self.parameter, self.placements)
+        if gradient is not None:
+            gradient.copy_(self.local)  # it may be a view into a buffer of DDP
+        elif self.holders.item():
+            parameter.grad = self.local.clone()
+        setattr(parameter, SUMMED, parameter.grad)
 
 
-def _sum(members: Sequence[_PartialGradient], mesh: DeviceMesh, axis: int, reduction: str) -> None:
+def _sum(members: Sequence[_PartialGradient], group: dist.ProcessGroup, reduction: str) -> None:
     flat = torch.cat([t.flatten() for m in members for t in (m.local, m.holders)])
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=mesh.get_group(axis))
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
     if reduction == "avg":
-        flat.div_(mesh.size(axis))
+        flat.div_(group.size())
     parts = iter(torch.split(flat, [n for m in members for n in (m.local.numel(), 1)]))
     for member in members:
         member.local = next(parts).view(member.local.shape)
         member.holders = next(parts)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def as_dtensor(local: Tensor, like: Tensor, placements: Sequence[Any]) -> DTensor:

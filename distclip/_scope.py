@@ -11,22 +11,39 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip._placement import Placement, distinct_meshes, mesh_ranks, root_of
+from distclip._placement import Axis, Home, Placement, resolve_group
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The ranks that together hold the model, sorted. ``mesh`` or ``group`` spans them, if known.
+    """The ranks that together hold the model, sorted, and how they fall into pipeline stages.
 
-    A world of one process has one rank and neither.
+    Attributes:
+        ranks: sorted. A world of one process has one.
+        group_name: the group of exactly these ranks, where one is known.
+        stages: the axis along which ranks hold other parameters, or None.
     """
 
     ranks: tuple[int, ...]
-    given: dist.ProcessGroup | None = None
+    group_name: str | None = None
+    stages: Axis | None = None
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def num_stages(self) -> int:
+        return self.stages.size if self.stages else 1
+
+    @property
+    def stage(self) -> int:
+        return self.stages.coordinate if self.stages else 0
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks in each stage."""
+        return self.size // self.num_stages
 
     def group(self) -> dist.ProcessGroup | None:
         """The process group of exactly these ranks (None for one rank alone); made at first need.
@@ -35,65 +52,110 @@ class Scope:
         """
         if self.size == 1:
             return None
-        return self.given or _group_of(self.ranks)
+        return resolve_group(self.group_name) if self.group_name else _group_of(self.ranks)
 
 
 def find_scope(
-    placements: Sequence[Placement], process_group: dist.ProcessGroup | DeviceMesh | None
+    placements: Sequence[Placement],
+    process_group: dist.ProcessGroup | DeviceMesh | None,
+    stages: dist.ProcessGroup | DeviceMesh | None,
 ) -> Scope:
     """The scope of parameters that lie so. Every rank in it comes to the same answer without talking.
 
-    ``process_group`` if given; else the mesh that the DTensors live on, or where several occur, their
-    root mesh; else (no DTensor) the default group; else this process alone.
+    ``process_group`` if given; else the mesh that the DTensors live on (FSDP1: its group), or where
+    several occur, or ``stages`` are an axis of it, their root mesh; else the default group; else this
+    process alone.
 
     Raises:
-        ValueError: meshes that neither share a root nor lie inside the largest of them, or that reach
-            outside ``process_group``: only the caller can say which ranks are meant.
+        ValueError: homes that do not lie inside the largest of them, or that reach outside
+            ``process_group``; stages that do not divide the scope; local parameters beside others.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Scope((0,))
-    meshes = distinct_meshes(placements)
-    if any(mesh.get_coordinate() is None for mesh in meshes):
-        return Scope((dist.get_rank(),))  # not a member of the mesh: holds nothing, waits for nobody
-    if process_group is not None:
-        group = as_group(process_group, "process_group")
-        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-        outside = set().union(*(mesh_ranks(m) for m in meshes)) - set(ranks) if meshes else set()
-        if outside:
+    if any(p.local for p in placements):
+        if not all(p.local for p in placements):
+            shared = next(p.label for p in placements if not p.local)
             raise ValueError(
-                f"process_group spans {len(ranks)} ranks, but DTensor parameters also live on rank(s) "
+                f"some parameters are declared local, others are not ({shared}): they have no norm in "
+                "common; clip them in two calls"
+            )
+        return Scope((dist.get_rank(),))
+    homes = _distinct([p.home for p in placements if p.home is not None])
+    if any(home.mesh is not None and home.mesh.get_coordinate() is None for home in homes):
+        return Scope((dist.get_rank(),))  # not a member of the mesh: holds nothing, waits for nobody
+    if stages is None:
+        return _home_scope(homes, process_group, advise=True)
+    axis = Axis.along(stages, "stages")
+    if isinstance(stages, DeviceMesh):
+        homes = _distinct([*homes, Home.of_mesh(_root_of(stages))])
+    scope = _home_scope(homes, process_group, advise=False)
+    if not set(axis.ranks) <= set(scope.ranks):
+        # Homes of one stage alone: without a mesh in common, only the default group joins the stages.
+        scope = _whole_world()
+    if scope.size % axis.size:
+        raise ValueError(
+            f"{axis.size} stages do not divide the {scope.size} ranks in scope: pass process_group= with "
+            "the ranks that hold this model"
+        )
+    return Scope(scope.ranks, scope.group_name, axis if axis.size > 1 else None)
+
+
+def _home_scope(
+    homes: Sequence[Home], process_group: dist.ProcessGroup | DeviceMesh | None, *, advise: bool
+) -> Scope:
+    if process_group is not None:
+        axis = Axis.along(process_group, "process_group")
+        ranks = tuple(sorted(axis.ranks))
+        if outside := {rank for home in homes for rank in home.ranks} - set(ranks):
+            raise ValueError(
+                f"process_group spans {len(ranks)} ranks, but parameters also live on rank(s) "
                 f"{sorted(outside)[:8]} outside it: pass a group that contains their meshes"
             )
-        return Scope(ranks, group)
-    if not meshes:
-        return Scope(tuple(range(dist.get_world_size())), _world())
-    if len(meshes) == 1:
-        _advise_on_uncovered_axes(meshes[0])
-        return _scope_of_mesh(meshes[0])
-    roots = distinct_meshes([Placement((), root_of(m), "") for m in meshes])
-    largest = max(roots, key=lambda m: m.size())
-    ranks = mesh_ranks(largest)
-    if any(not set(mesh_ranks(m)) <= set(ranks) for m in meshes):
+        return Scope(ranks, axis.group_name)
+    if not homes:
+        return _whole_world()
+    if len(homes) == 1:
+        if advise:
+            _advise_on_uncovered_axes(homes[0])
+        return Scope(homes[0].ranks, homes[0].group_name)
+    roots = [home if home.mesh is None else Home.of_mesh(_root_of(home.mesh)) for home in homes]
+    largest = max(roots, key=lambda home: len(home.ranks))
+    if any(not set(home.ranks) <= set(largest.ranks) for home in homes):
         raise ValueError(
-            f"the DTensor parameters live on {len(roots)} unrelated meshes, none of which contains the "
-            f"others ({', '.join(map(str, roots))}): pass process_group= with the ranks to reduce over"
+            f"the parameters live on {len(homes)} sets of ranks, none of which contains the others "
+            f"({', '.join(str(home.ranks[:8]) for home in homes[:4])}): pass process_group= with the ranks "
+            "to reduce over"
         )
-    return _scope_of_mesh(largest)
+    return Scope(largest.ranks, largest.group_name)
 
 
-def as_group(given: dist.ProcessGroup | DeviceMesh, argument: str) -> dist.ProcessGroup:
-    """A ProcessGroup as it is, a 1-D DeviceMesh as its group."""
-    if isinstance(given, DeviceMesh):
-        if given.ndim != 1:
-            raise ValueError(f"{argument}={given} has {given.ndim} axes: pass one axis of it, mesh['name']")
-        return given.get_group()
-    if not isinstance(given, dist.ProcessGroup):
-        raise TypeError(f"{argument}={given!r}: expected a ProcessGroup or a 1-D DeviceMesh")
-    return given
+def _distinct(homes: Sequence[Home]) -> list[Home]:
+    """One home for each set of ranks (and mesh), in order of first appearance."""
+    distinct: dict[tuple[int, ...], Home] = {}
+    for home in {id(home): home for home in homes}.values():
+        known = distinct.setdefault(home.ranks, home)
+        if known.group_name is None and home.group_name is not None:
+            distinct[home.ranks] = home
+    return list(distinct.values())
 
 
-def _scope_of_mesh(mesh: DeviceMesh) -> Scope:
-    return Scope(mesh_ranks(mesh), mesh.get_group() if mesh.ndim == 1 else None)
+def _root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that ``mesh`` was sliced from, itself if from none."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # torch < 2.8
+
+    return _mesh_resources.get_root_mesh(mesh)
+
+
+def _whole_world() -> Scope:
+    return Scope(tuple(range(dist.get_world_size())), _world().group_name)
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None  # callers have seen is_initialized()
+    return world
 
 
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
@@ -110,19 +172,15 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     return group
 
 
-def _world() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None  # callers have seen is_initialized()
-    return world
-
-
-def _advise_on_uncovered_axes(mesh: DeviceMesh) -> None:
-    root = root_of(mesh)
-    if root.size() == mesh.size() or mesh.size() == 1 or dist.get_rank() != 0:
+def _advise_on_uncovered_axes(home: Home) -> None:
+    if home.mesh is None or len(home.ranks) == 1:
+        return
+    root = _root_of(home.mesh)
+    if root.size() == home.mesh.size() or dist.get_rank() != 0:
         return
     warnings.warn(
-        f"all parameters live on {mesh}, a part of {root}: the norm is taken over those "
-        f"{mesh.size()} ranks alone. If the other ranks hold other parts of the same model (pipeline "
+        f"all parameters live on {home.mesh}, a part of {root}: the norm is taken over those "
+        f"{len(home.ranks)} ranks alone. If the other ranks hold other parts of the same model (pipeline "
         "stages), pass stages=; if they hold replicas or other models, say so with process_group=.",
         stacklevel=2,
     )

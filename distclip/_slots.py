@@ -28,4 +28,5 @@ def slots_of(strategy: Strategy, plan: Plan) -> Slots:
 
 
 def per_parameter(plan: Plan) -> Slots:
-    return Slots(plan.names, tuple(range(len(plan.parameters))))
+    first = plan.offset
+    return Slots(plan.names, tuple(range(first, first + len(plan.parameters))))

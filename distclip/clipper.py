@@ -27,6 +27,8 @@ class Clipper:
         parameters: a Module, several Modules, an Optimizer, a Tensor, or an iterable of Tensors or of
             ``(name, Tensor)``. Give all parameters on every rank, whether or not they have a gradient.
         strategy: the algorithm, e.g. ``distclip.GlobalNorm(1.0)``.
+        stages: the ranks of one pipeline, each of which holds other parameters: a ProcessGroup or a 1-D
+            DeviceMesh. Every rank passes the parameters of its own stage (or stages).
         process_group: the ranks that together hold the model, a ProcessGroup or a 1-D DeviceMesh. Needed
             only where the parameters do not tell: by default the mesh that their DTensors live on, else
             the default group.
@@ -57,6 +59,7 @@ class Clipper:
         parameters: Parameters,
         strategy: Strategy,
         *,
+        stages: dist.ProcessGroup | DeviceMesh | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         on_nonfinite: OnNonfinite = "skip",
         accumulate: torch.dtype = torch.float32,
@@ -67,8 +70,8 @@ class Clipper:
             raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
         self.strategy = strategy
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
-        self._source = freeze_source(parameters, may_be_empty=process_group is not None)
-        self._process_group = process_group
+        self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
+        self._process_group, self._stages = process_group, stages
         self._accumulate = accumulate
         self._tensors: list[Tensor] = []
         self._plan: Plan | None = None
@@ -84,7 +87,7 @@ class Clipper:
         if self._plan is None or not self._plan.fits(self._tensors):
             named = named_parameters(self._source)
             self._tensors = [p.tensor for p in named]
-            self._plan = build_plan(named, self._process_group)
+            self._plan = build_plan(named, self._process_group, self._stages)
             self._slots = slots_of(self.strategy, self._plan)
             self._meters.clear()
             self.strategy.to(self._plan.device)

@@ -18,6 +18,7 @@ from distclip._apply import OnNonfinite, carry_out
 from distclip._gradients import Gradients, collect
 from distclip._meter import Meter
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
+from distclip._placement import Axis
 from distclip._plan import build_plan
 from distclip._slots import Slots
 from distclip.strategies._base import require_bound, require_norm_type
@@ -32,6 +33,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    stages: dist.ProcessGroup | DeviceMesh | None = None,
     process_group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """Clip the norm of all gradients taken together, in place. To be called by every rank.
@@ -48,6 +50,8 @@ def clip_grad_norm_(
         error_if_nonfinite: raise on every rank if the norm is NaN or infinite (waits for the device).
             Otherwise such a norm propagates into the gradients, as with torch.
         foreach: accepted for compatibility; the result does not depend on it.
+        stages: the ranks of one pipeline, each of which holds other parameters (ProcessGroup or 1-D
+            DeviceMesh).
         process_group: the ranks that together hold the model, where the parameters do not tell.
 
     Returns:
@@ -64,7 +68,7 @@ def clip_grad_norm_(
         >>> optimizer.step()
     """
     strategy = GlobalNorm(max_norm, norm_type)
-    gradients, meter = _prepare(parameters, strategy.norm_type, process_group)
+    gradients, meter = _prepare(parameters, strategy.norm_type, stages, process_group)
     norms = meter(gradients)
     decision = strategy.decide(norms)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
@@ -76,6 +80,7 @@ def total_grad_norm(
     parameters: Parameters,
     norm_type: float | str = 2.0,
     *,
+    stages: dist.ProcessGroup | DeviceMesh | None = None,
     process_group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """The norm of all gradients taken together. To be called by every rank; changes nothing.
@@ -86,7 +91,7 @@ def total_grad_norm(
     Example:
         >>> norm = distclip.total_grad_norm(model)
     """
-    gradients, meter = _prepare(parameters, require_norm_type(norm_type), process_group)
+    gradients, meter = _prepare(parameters, require_norm_type(norm_type), stages, process_group)
     return meter(gradients).total
 
 
@@ -134,14 +139,17 @@ _MOST_PREPARED = 200_000  # tensors, over all lists
 
 
 def _prepare(
-    parameters: Parameters, norm_type: float, process_group: dist.ProcessGroup | DeviceMesh | None
+    parameters: Parameters,
+    norm_type: float,
+    stages: dist.ProcessGroup | DeviceMesh | None,
+    process_group: dist.ProcessGroup | DeviceMesh | None,
 ) -> tuple[Gradients, Meter]:
-    parameters = freeze_source(parameters, may_be_empty=process_group is not None)
+    parameters = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
     tensors = bare_tensors(parameters)
-    key = (norm_type, None if process_group is None else id(process_group), *map(id, tensors))
+    key = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"), *map(id, tensors))
     entry = _prepared.get(key)
     if entry is None or not entry.is_for(tensors):
-        plan = build_plan(named_parameters(parameters), process_group)
+        plan = build_plan(named_parameters(parameters), process_group, stages)
         slots = Slots(("total",), (0,) * len(plan.parameters))
         meter = Meter(plan, slots, norm_type, torch.float32)
 
@@ -154,3 +162,7 @@ def _prepare(
             _prepared.popitem(last=False)
     _prepared.move_to_end(key)
     return collect(entry.meter.plan, tensors), entry.meter
+
+
+def _name_of(group: dist.ProcessGroup | DeviceMesh | None, argument: str) -> str | None:
+    return None if group is None else Axis.along(group, argument).group_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class Strategy(nn.Module):
     def group_of(self, parameter: ParameterInfo) -> int:
         """The slot of a parameter, an index into ``groups``."""
         return 0
+
+    def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
+        """Called with the parameters, in the order of the per-parameter slots, before the first decision
+        and again when others begin to train: the place to size state that is kept for each of them."""
 
     def forward(self, norms: Norms) -> Decision:
         raise NotImplementedError

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
 from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
+from distclip.strategies._threshold import Schedule, Threshold
 
 
 class PerParameter(Strategy):
@@ -18,7 +17,8 @@ class PerParameter(Strategy):
     the whole parameter. One number per parameter travels in the step's single collective.
 
     Args:
-        max_norm: largest allowed norm of each parameter's gradient, ≥ 0.
+        max_norm: largest allowed norm of each parameter's gradient, ≥ 0. Or a function of the step, see
+            :mod:`distclip.strategies.schedules`.
         norm_type: p, one of 0.5, 1, 2, 3, ∞.
         eps: added to the norm before dividing.
 
@@ -31,15 +31,21 @@ class PerParameter(Strategy):
 
     per_parameter = True
 
-    def __init__(self, max_norm: float = 1.0, norm_type: float | str = 2.0, eps: float = 1e-6) -> None:
+    def __init__(
+        self, max_norm: float | Schedule = 1.0, norm_type: float | str = 2.0, eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.max_norm = require_bound("max_norm", max_norm)
+        self.threshold = Threshold("max_norm", max_norm)
         self.norm_type = require_norm_type(norm_type)
         self.eps = require_bound("eps", eps)
 
+    @property
+    def max_norm(self) -> float | Schedule:
+        return self.threshold.value
+
     def forward(self, norms: Norms) -> Decision:
-        threshold = torch.full_like(norms.total, self.max_norm)
-        return Scale(scale_to(norms.slots, self.max_norm, self.eps), threshold)
+        max_norm, threshold = self.threshold.advance(norms.total)
+        return Scale(scale_to(norms.slots, max_norm, self.eps), threshold)
 
     def extra_repr(self) -> str:
         return f"max_norm={self.max_norm}, norm_type={self.norm_type}"

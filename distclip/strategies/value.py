@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from distclip._decision import Clamp, Decision
 from distclip._norms import Norms
-from distclip.strategies._base import Strategy, require_bound
+from distclip.strategies._base import Strategy
+from distclip.strategies._threshold import Schedule, Threshold
 
 
 class Value(Strategy):
@@ -23,7 +22,7 @@ class Value(Strategy):
     deals with them first.
 
     Args:
-        clip_value: the bound v, ≥ 0.
+        clip_value: the bound v, ≥ 0. Or a function of the step, see :mod:`distclip.strategies.schedules`.
 
     Raises:
         ValueError: ``clip_value`` is negative or NaN.
@@ -34,12 +33,17 @@ class Value(Strategy):
 
     norm_type = math.inf
 
-    def __init__(self, clip_value: float) -> None:
+    def __init__(self, clip_value: float | Schedule) -> None:
         super().__init__()
-        self.clip_value = require_bound("clip_value", clip_value)
+        self.threshold = Threshold("clip_value", clip_value)
+
+    @property
+    def clip_value(self) -> float | Schedule:
+        return self.threshold.value
 
     def forward(self, norms: Norms) -> Decision:
-        return Clamp(torch.full_like(norms.total, self.clip_value))
+        _, bound = self.threshold.advance(norms.total)
+        return Clamp(bound)
 
     def extra_repr(self) -> str:
         return f"clip_value={self.clip_value}"

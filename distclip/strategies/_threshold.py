@@ -1,0 +1,55 @@
+"""A threshold that is a number, or changes from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from distclip.strategies._base import require_bound
+
+Schedule: TypeAlias = Callable[[Tensor], Tensor | float]
+"""From the step, 0-dim int64, 0 at the first, to the threshold of that step, 0-dim."""
+
+
+class Threshold(nn.Module):
+    """One threshold of a strategy: a number, or a schedule and the step that it has come to.
+
+    Steps that are skipped or not finite do not count: the strategy's rollback takes the step back with all
+    its other buffers. A number has no state at all.
+
+    Raises:
+        ValueError: a number is negative or NaN. (What a schedule returns is only known on the device: a
+            negative threshold counts as 0 there.)
+    """
+
+    step: Tensor  # [] int64, of a schedule only
+
+    def __init__(self, name: str, value: float | Schedule) -> None:
+        super().__init__()
+        self.name = name
+        self.value: float | Schedule = value if callable(value) else require_bound(name, value)
+        if callable(value):
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def advance(self, like: Tensor) -> tuple[float | Tensor, Tensor]:
+        """The threshold of this step, to compute with and, 0-dim as ``like``, to report."""
+        if not callable(self.value):
+            return self.value, torch.full_like(like, self.value)
+        value = self.value(self.step.clone())
+        if not isinstance(value, Tensor):
+            value = torch.full_like(like, value)
+        if value.dim() != 0:
+            raise ValueError(
+                f"{self.name}={self.value!r} returned shape {tuple(value.shape)}: expected 0-dim"
+            )
+        self.step += 1
+        threshold = value.to(like).clamp(min=0)
+        return threshold, threshold
+
+
+def scale_above(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
+    """``bound / (norm + eps)`` where the norm is above the bound, exactly 1 where it is not; NaN for NaN."""
+    return torch.where(norm <= bound, 1.0, bound / (norm + eps))

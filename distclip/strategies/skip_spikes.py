@@ -1,0 +1,82 @@
+"""Skip the steps whose norm is far above the latest ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from distclip._decision import Decision, Scale
+from distclip._norms import Norms
+from distclip.strategies._base import Strategy, require_bound, require_norm_type
+from distclip.strategies._history import History, require_count
+
+
+class SkipSpikes(Strategy):
+    """Leave out optimizer steps whose norm is more than ``sigma`` standard deviations above the mean.
+
+    .. math:: \\text{skip where } n - \\mu > \\text{sigma} \\cdot s
+
+    with μ and s (unbiased) over the previous ``window`` norms, this one excluded. No gradient is scaled: put
+    it into a ``Chain`` with a strategy that clips. What is skipped is up to the optimizer: ``clipper.step``
+    obeys ``report.skipped``.
+
+    Follows the skip-step optimizers of OLMo-core (OLMo et al., "2 OLMo 2 Furious", 2025) on the norm, with
+    two differences. There a skipped norm enters the history like any other, which widens s and lets the
+    next spike pass more easily; here a skipped step leaves no trace. And there the update is multiplied by
+    0, so that NaN enters the optimizer's state (0·NaN); here nothing is multiplied.
+
+    Because skipped norms are forgotten, a norm that jumps to a new level and stays there is skipped for
+    ever: ``report.skipped`` is true at every step, and the loss stands still. It takes a change of the
+    training itself (learning rate, data, loss scale, a resumed run with another batch size). Call
+    :meth:`forget` at such a change, or choose a larger ``sigma``.
+
+    No step is skipped before the ``min_history``-th norm, and the threshold is ∞ until then. After that, NaN
+    and ∞ are spikes too (before it, they are left to ``on_nonfinite`` alone). If all previous norms are
+    equal, s is 0 and any larger norm is a spike.
+
+    Args:
+        window: how many previous norms are compared with, ≥ 2.
+        sigma: number of standard deviations, ≥ 0.
+        min_history: number of norms, this one included, from which on steps are judged, in
+            [3, window + 1]. (64 of a window of 128 is what OLMo-core does.)
+        norm_type: p, one of 0.5, 1, 2, 3, ∞.
+
+    Raises:
+        ValueError: an argument is not in its range.
+
+    Example:
+        >>> clipper = distclip.Clipper(model, Chain(SkipSpikes(), distclip.GlobalNorm(1.0)))
+    """
+
+    def __init__(
+        self,
+        window: int = 128,
+        sigma: float = 6.0,
+        *,
+        min_history: int = 64,
+        norm_type: float | str = 2.0,
+    ) -> None:
+        super().__init__()
+        self.history = History(require_count("window", window, least=2))
+        self.sigma = require_bound("sigma", sigma)
+        self.min_history = require_count("min_history", min_history, least=3)
+        if min_history > window + 1:
+            raise ValueError(f"{min_history=} is more than {window=} keeps, so no step would ever be judged")
+        self.norm_type = require_norm_type(norm_type)
+
+    def forward(self, norms: Norms) -> Decision:
+        mean, std = self.history.mean_and_std()
+        judged = self.history.count + 1 >= self.min_history
+        above = norms.total.double() - mean
+        spike = judged & ~(above <= self.sigma * std)  # NaN is one
+        threshold = torch.where(judged, mean + self.sigma * std, math.inf).float()
+        self.history.append(norms.total)
+        return Scale(torch.ones_like(norms.total), threshold, skip=spike)
+
+    def forget(self) -> None:
+        """Drop the history: the next ``min_history - 1`` steps are not judged."""
+        self.history.clear()
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma}, min_history={self.min_history}"
