@@ -60,8 +60,8 @@ class Agreement:
     """What only all ranks together know.
 
     Attributes:
-        names: of all parameters of all stages, in order of stages.
-        offset: where this rank's own parameters begin among them.
+        names: of all parameters of all stages, in order of stages; tied copies have one, the first.
+        rows: where this rank's own parameters stand among them.            # [num_parameters]
         copies: by parameter index, the number of stages that hold a tied copy, where more than one.
         partial: by parameter index, the DTensor gradients that have ``Partial`` placements on any rank,
             with the reduction per mesh axis (``""``, ``"sum"`` or ``"avg"``): a rank on which such a
@@ -70,7 +70,7 @@ class Agreement:
     """
 
     names: tuple[str, ...]
-    offset: int = 0
+    rows: tuple[int, ...]
     copies: dict[int, int] = field(default_factory=dict)
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
     sharded: bool = False
@@ -93,14 +93,14 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     # An empty list proves nothing either: the ranks that hold something are already asking.
     asks = unproven or replicated or scope.stages or not parameters
     if scope.size == 1 or not asks:
-        return Agreement(names, sharded=sharded)
+        return Agreement(names, tuple(range(len(names))), sharded=sharded)
 
     group = scope.group()
     device = message_device(group, [p.tensor for p in parameters])
     counts, sharded = _agree_on_counts(len(parameters), sharded, scope, group, device)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
-        return Agreement(())
+        return Agreement((), ())
 
     words = torch.cat(
         [
@@ -124,11 +124,16 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     if fault is not None:
         what, differing = fault
         raise OwnershipError(_explain(what, differing, names, offset, placements, scope))
-    ties = high[rows, 2].long() % _MOST_TIED
+    first: dict[int, int] = {}  # by tie, the row of the first copy
+    originals = [
+        first.setdefault(tie, row) if tie > 0 else row for row, tie in enumerate(high[:, 2].long().tolist())
+    ]
+    kept = {row: k for k, row in enumerate(sorted(set(originals)))}
+    copies = high[rows, 2].long() % _MOST_TIED
     return Agreement(
-        names,
-        offset,
-        {i: count for i, count in enumerate(ties.tolist()) if count > 1},
+        tuple(names[row] for row in kept),
+        tuple(kept[originals[row]] for row in range(offset, offset + len(parameters))),
+        {i: count for i, count in enumerate(copies.tolist()) if count > 1},
         {i: _decode(int(c)) for i, c in enumerate(code[rows, 0].tolist()) if c > 0},
         sharded,
     )

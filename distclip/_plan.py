@@ -33,8 +33,8 @@ class Plan:
         placements: where the elements of each live.                        # [num_parameters]
         multiplicities: ranks of ``group`` that hold the same elements.     # [num_parameters]
         partial: by parameter index, the reduction that its gradient still needs per mesh axis.
-        names: of all parameters of all pipeline stages, in order of stages.
-        offset: where this rank's own begin among them.
+        names: of all parameters of all pipeline stages, in order of stages; tied copies have one.
+        rows: where this rank's own stand among them.                       # [num_parameters]
         group_name: the ranks that the per-step message is reduced over; None where every rank holds all
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
@@ -47,7 +47,7 @@ class Plan:
     multiplicities: tuple[int, ...]
     partial: dict[int, tuple[str, ...]]
     names: tuple[str, ...]
-    offset: int
+    rows: tuple[int, ...]
     scope: Scope
     group_name: str | None
     device: torch.device
@@ -101,7 +101,7 @@ def build_plan(
         ),
         partial=agreed.partial,
         names=agreed.names,
-        offset=agreed.offset,
+        rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,
         device=message_device(group, tensors),

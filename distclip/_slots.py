@@ -28,5 +28,4 @@ def slots_of(strategy: Strategy, plan: Plan) -> Slots:
 
 
 def per_parameter(plan: Plan) -> Slots:
-    first = plan.offset
-    return Slots(plan.names, tuple(range(first, first + len(plan.parameters))))
+    return Slots(plan.names, plan.rows)

@@ -15,7 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -27,6 +34,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+import distclip
+from tests import oracle
+
 
 @dataclass
 class Case:
@@ -35,6 +45,9 @@ class Case:
     parameters: Any
     backward: Callable[[int], None]  # seed -> gradients
     keep: Any = None  # whatever has to stay alive
+    kwargs: dict[str, Any] = field(default_factory=dict)  # stages=, process_group=
+    gather: Callable[[str, Tensor], Tensor | None] | None = None  # the whole gradient, where it is no DTensor
+    stage: str = ""  # prefix that tells the parameters of pipeline stages apart
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -45,6 +58,21 @@ class Case:
     @property
     def tensors(self) -> list[Tensor]:
         return list(self.named.values())
+
+    def dense(self) -> dict[str, Tensor]:
+        """Every whole gradient of the model, in float64, on every rank."""
+        gather = self.gather or (lambda _, parameter: oracle.dense(parameter.grad))
+        own = {name: gather(name, p) for name, p in self.named.items()}
+        if not self.stage:
+            return {name: g for name, g in own.items() if g is not None}
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.stage, own))
+        return {
+            f"{stage}{name}": g
+            for stage, grads in sorted(everyone, key=lambda e: e[0])
+            for name, g in grads.items()
+            if g is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -353,6 +381,321 @@ def sharded_mixed_dtypes() -> Case:
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         }
     )
+
+
+# --- FSDP1 (its CPU offload asks for an accelerator) ---------------------------------------------------
+
+
+def pieces_over(*groups: dist.ProcessGroup) -> Callable[[str, Tensor], Tensor | None]:
+    """Gathers what the ranks of the groups hold of a gradient, one piece after the other."""
+
+    def gather(_: str, parameter: Tensor) -> Tensor | None:
+        gradient = oracle.dense(parameter.grad)
+        for group in groups:
+            pieces: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(pieces, gradient, group=group)
+            present = [p.flatten() for p in pieces if p is not None]
+            gradient = torch.cat(present) if present else None
+        return gradient
+
+    return gather
+
+
+def _fsdp1(*, nested: bool = True, ignored: tuple[str, ...] = (), **kwargs: Any) -> Case:
+    model = _seeded(Net)
+    left_out = [model.get_submodule(name) for name in ignored]
+    for name, child in list(model.named_children()):
+        if nested and name in ("inner", "outer"):
+            setattr(model, name, FSDP1(child, device_id=torch.device("cpu"), **kwargs))
+    wrapped = FSDP1(model, device_id=torch.device("cpu"), ignored_modules=left_out, **kwargs)
+    sharded = "NO_SHARD" not in str(kwargs.get("sharding_strategy"))
+    over = pieces_over(wrapped.process_group) if sharded else pieces_over()
+
+    def gather(name: str, parameter: Tensor) -> Tensor | None:
+        return oracle.dense(parameter.grad) if any(i in name for i in ignored) else over(name, parameter)
+
+    case = _trained(wrapped)
+    case.gather = gather
+    if ignored:
+        whole = case.backward
+
+        def backward(seed: int) -> None:
+            whole(seed)
+            for module in left_out:  # nobody else synchronises them
+                for parameter in module.parameters():
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad.div_(dist.get_world_size())  # type: ignore[union-attr]
+
+        case.backward = backward
+    return case
+
+
+@layout(2, 1)
+def fsdp1_flat_parameters() -> Case:
+    return _fsdp1()
+
+
+@layout(2, 1)
+def fsdp1_original_parameters() -> Case:
+    return _fsdp1(use_orig_params=True)  # most are split across the ranks, some empty on one
+
+
+@layout(4, 1)
+def fsdp1_empty_shards() -> Case:
+    return _fsdp1(use_orig_params=True, nested=True)
+
+
+@layout(2, 1)
+def fsdp1_shard_grad_op() -> Case:
+    return _fsdp1(sharding_strategy=ShardingStrategy.SHARD_GRAD_OP, use_orig_params=True)
+
+
+@layout(2, 0, same_everywhere=True)
+def fsdp1_no_shard() -> Case:
+    return _fsdp1(sharding_strategy=ShardingStrategy.NO_SHARD, use_orig_params=True)
+
+
+@layout(2, 1)
+def fsdp1_ignored_modules() -> Case:
+    return _fsdp1(use_orig_params=True, ignored=("norm", "head"))
+
+
+@layout(2, 1)
+def fsdp1_mixed_precision() -> Case:
+    return _fsdp1(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+@layout(4, 1, replicas_of_rank_1=(1, 3))
+def fsdp1_hybrid() -> Case:
+    mesh = mesh2(2, 2, "replicate", "shard")
+    return _fsdp1(sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh, use_orig_params=True)
+
+
+@layout(4, 1, replicas_of_rank_1=(1, 3))
+def fsdp1_hybrid_zero2() -> Case:
+    return _fsdp1(
+        sharding_strategy=ShardingStrategy._HYBRID_SHARD_ZERO2, device_mesh=mesh2(2, 2, "replicate", "shard")
+    )
+
+
+@layout(4, 1)
+def fsdp1_nested_groups() -> Case:
+    """Experts sharded over one axis, other experts along the other; the rest sharded over all."""
+    mesh = mesh2(2, 2, "ep", "edp")
+    model = _seeded(Net)
+    torch.manual_seed(10 + mesh["ep"].get_local_rank())
+    expert = nn.Linear(7, 3)
+    cpu = torch.device("cpu")
+    model.outer = FSDP1(expert, process_group=mesh.get_group("edp"), device_id=cpu, use_orig_params=True)
+    wrapped = FSDP1(model, device_id=cpu, use_orig_params=True, ignored_states=[])
+    distclip.declare(model.outer, sharded_over=mesh["ep"])
+    everywhere, experts = (
+        pieces_over(wrapped.process_group),
+        pieces_over(mesh.get_group("edp"), mesh.get_group("ep")),
+    )
+    case = _trained(wrapped)
+    case.gather = lambda name, p: experts(name, p) if "outer" in name else everywhere(name, p)
+    return case
+
+
+# --- declared ------------------------------------------------------------------------------------------
+
+
+def _shard(whole: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
+    return whole.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+
+
+class ManualTP(nn.Module):
+    """A two-layer MLP split by hand as Megatron does, with plain tensors and autograd functions."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.norm = nn.LayerNorm(6)
+        up, down = torch.randn(8, 6), torch.randn(6, 8)
+        self.up = nn.Parameter(_shard(up, 0, mesh))
+        self.up_bias = nn.Parameter(torch.zeros(self.up.shape[0]))  # zeros on every rank, and yet a shard
+        self.down = nn.Parameter(_shard(down, 1, mesh))
+        self.group = mesh.get_group()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _CopyToRanks.apply(self.norm(x), self.group)
+        return _SumOverRanks.apply(F.gelu(F.linear(x, self.up, self.up_bias)) @ self.down.T, self.group)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+@layout(2, 1)
+def declared_tensor_parallel() -> Case:
+    mesh = mesh1(2, "tp")
+    model = ManualTP(mesh)
+    for parameter in (model.up, model.up_bias, model.down):
+        distclip.declare(parameter, sharded_over=mesh)
+    over = pieces_over(mesh.get_group())
+    case = _trained(model, width=6, same_batch=True)
+    case.gather = lambda name, p: oracle.dense(p.grad) if "norm" in name else over(name, p)
+    return case
+
+
+@layout(2, 2)  # one sums the gradients of the norm
+def declared_partial() -> Case:
+    mesh = mesh1(2, "tp")
+    norm, shard = nn.LayerNorm(4), plain(3, 4)
+    with torch.no_grad():
+        shard.add_(mesh.get_local_rank())
+    distclip.declare(norm, partial_over=mesh)
+    distclip.declare(shard, sharded_over=mesh)
+    named = {"weight": norm.weight, "bias": norm.bias, "shard": shard}
+    over = pieces_over(mesh.get_group())
+
+    def backward(seed: int) -> None:
+        torch.manual_seed(100 * seed + mesh.get_local_rank())
+        for p in named.values():
+            p.grad = None
+        norm(torch.randn(5, 4)).pow(3).sum().backward()  # this rank's part of the sequence
+        (shard * torch.randn(3, 4)).sum().backward()
+
+    def gather(name: str, parameter: Tensor) -> Tensor | None:
+        from distclip._reduction import is_summed
+
+        if name == "shard":
+            return over(name, parameter)
+        gradient = oracle.dense(parameter.grad)
+        if gradient is not None and not is_summed(parameter):
+            dist.all_reduce(gradient)
+        return gradient
+
+    return Case(list(named.items()), backward, keep=norm, gather=gather)
+
+
+@layout(4, 1, replicas_of_rank_1=(1, 3))
+def declared_experts() -> Case:
+    """Plain experts: other ones along ep, copies along edp; the names tell the experts apart."""
+    mesh = mesh2(2, 2, "edp", "ep")
+    mine = mesh["ep"].get_local_rank()
+    torch.manual_seed(20 + mine)
+    expert = nn.Linear(4, 3)
+    router = _seeded(lambda: nn.Linear(3, 2))
+    distclip.declare(expert, sharded_over=mesh["ep"])
+    over = pieces_over(mesh.get_group("ep"))
+    named = {f"expert{mine}.{n}": p for n, p in expert.named_parameters()} | {
+        f"router.{n}": p for n, p in router.named_parameters()
+    }
+
+    def backward(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in named.items():
+            p.grad = torch.randn(p.shape, generator=generator) * (1 + mine if "expert" in name else 1)
+        if seed == 4 and mine == 1:  # no token came to this expert
+            for p in expert.parameters():
+                p.grad = None
+
+    case = Case(list(named.items()), backward, keep=(expert, router))
+    case.gather = lambda name, p: over(name, p) if "expert" in name else oracle.dense(p.grad)
+    return case
+
+
+# --- pipelines -----------------------------------------------------------------------------------------
+
+
+@layout(2, 1)
+def pipeline() -> Case:
+    """Stages of plain tensors: other names, other shapes, other numbers of them."""
+    mesh = mesh1(2, "pp")
+    stage = mesh.get_local_rank()
+    torch.manual_seed(30 + stage)
+    model: nn.Module = nn.Linear(4, 3) if stage == 0 else nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    case = _trained(model, width=4 if stage == 0 else 3)
+    case.kwargs, case.stage = {"stages": mesh}, f"stage{stage}."
+    return case
+
+
+@layout(2, 1)
+def pipeline_tied() -> Case:
+    mesh = mesh1(2, "pp")
+    stage = mesh.get_local_rank()
+    tied = plain(6, 4)
+    own = plain(3 + stage, 2)
+    distclip.declare(tied, tied_over=mesh)
+    named = {"embed" if stage == 0 else "head": tied, "own": own}
+
+    def backward(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        tied.grad = torch.randn(tied.shape, generator=generator)  # already summed over the stages
+        own.grad = torch.randn(own.shape, generator=generator) + stage
+
+    def gather(name: str, parameter: Tensor) -> Tensor | None:
+        return None if name == "head" else oracle.dense(parameter.grad)
+
+    return Case(list(named.items()), backward, kwargs={"stages": mesh}, stage=f"stage{stage}.", gather=gather)
+
+
+@layout(4, 1, replicas_of_rank_1=(0, 1))
+def pipeline_data_parallel() -> Case:
+    """Plain stages with replicas: reduced over the stages alone."""
+    mesh = mesh2(2, 2, "pp", "dp")
+    stage = mesh["pp"].get_local_rank()
+    torch.manual_seed(40 + stage)
+    model = DistributedDataParallel(nn.Linear(5, 3 + stage), process_group=mesh.get_group("dp"))
+    case = _trained(model)
+    case.kwargs, case.stage = {"stages": mesh["pp"]}, f"stage{stage}."
+    return case
+
+
+@layout(4, 1)
+def pipeline_one_stage_sharded() -> Case:
+    """Stage 0 is plain and replicated, stage 1 sharded: both must choose the same group."""
+    mesh = mesh2(2, 2, "pp", "dp")
+    stage = mesh["pp"].get_local_rank()
+    torch.manual_seed(50 + stage)
+    model = nn.Linear(5, 4)
+    if stage == 1:
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        model = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+    case = _trained(model)
+    case.kwargs, case.stage = {"stages": mesh["pp"]}, f"stage{stage}."
+    return case
+
+
+@layout(8, 1)
+def pipeline_fsdp2_tensor_parallel() -> Case:
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    stage = mesh["pp"].get_local_rank()
+    torch.manual_seed(60 + stage)
+    model = Even()
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+
+    def backward(seed: int) -> None:
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(1000 * seed + 10 * stage + mesh["dp"].get_local_rank())
+        model(torch.randn(4, 8, generator=generator)).pow(3).sum().backward()
+
+    return Case(model, backward, kwargs={"stages": mesh["pp"]}, stage=f"stage{stage}.")
 
 
 NAMES = list(LAYOUTS)

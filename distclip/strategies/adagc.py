@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class AdaGC(Strategy):
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
         known = dict(zip(self._names or (), self.average.unbind(), strict=True))
-        self._names = tuple(p.name for p in parameters)
+        self._names = _told_apart(p.name for p in parameters)
         self.average = self.average.new_full((len(parameters),), math.inf)
         if self._loaded is not None:
             known, self._loaded = self._loaded, None
@@ -146,6 +147,16 @@ class AdaGC(Strategy):
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, beta={self.beta}, warmup={self.warmup}, max_norm={self.max_norm}"
+
+
+def _told_apart(names: Iterable[str]) -> tuple[str, ...]:
+    """Pipeline stages may use the same names: the second to come is ``name#2``."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for name in names:
+        seen[name] += 1
+        apart.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return tuple(apart)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
+from distclip._placement import DECLARED, MANAGED, SUMMED
 from tests import oracle
 from tests.counting import count_host_syncs
 from tests.harness import on_row
@@ -58,13 +59,20 @@ def clamped(grads: dict[str, Tensor], bound: float) -> dict[str, Tensor]:
     return {name: g * (bound / g.abs().clamp_min(bound)) for name, g in grads.items()}
 
 
+def bare(name: str) -> str:
+    """The name of a parameter as a strategy sees it: within its own pipeline stage, without wrappers."""
+    name = name.replace("_fsdp_wrapped_module.", "")
+    return name.split(".", 1)[1] if name.startswith("stage") else name
+
+
 def strategies(grads: dict[str, Tensor]) -> dict[str, tuple[distclip.Strategy, Expected]]:
     """Every strategy with thresholds that clip, and what it should do."""
     total = {p: oracle.norm(grads.values(), p) for p in NORM_TYPES}
     middle = sorted(oracle.norm([g]) for g in grads.values())[len(grads) // 2]
     bound = 0.4 * total[math.inf]
-    first = next(iter(grads))
-    rest = {n: g for n, g in grads.items() if n != first}
+    chosen = bare(next(reversed(grads)))
+    group = {n: g for n, g in grads.items() if bare(n) == chosen}
+    rest = {n: g for n, g in grads.items() if n not in group}
     table: dict[str, tuple[distclip.Strategy, Expected]] = {
         f"GlobalNorm p={p}": (
             distclip.GlobalNorm(0.3 * total[p], p),
@@ -78,8 +86,8 @@ def strategies(grads: dict[str, Tensor]) -> dict[str, tuple[distclip.Strategy, E
         lambda g: {n: scaled({n: x}, middle, 2)[n] for n, x in g.items()},
     )
     table["PerGroup"] = (
-        distclip.PerGroup({first: 0.1, "*": 0.3 * total[2.0]}),
-        lambda g: {**scaled({first: g[first]}, 0.1, 2), **scaled(rest, 0.3 * total[2.0], 2)},
+        distclip.PerGroup({chosen: 0.1, "*": 0.3 * total[2.0]}),
+        lambda g: {**scaled(group, 0.1, 2), **scaled(rest, 0.3 * total[2.0], 2)},
     )
     return table
 
@@ -92,13 +100,13 @@ def tolerance(tensor: Tensor) -> float:
 def test_one_norm(row: str) -> list[float]:
     """Law 1, and law 2's count."""
     case = built(row)
-    gradients = oracle.dense_gradients(case.tensors)
+    gradients = case.dense().values()
     norms = []
     for p in NORM_TYPES:
-        distclip.total_grad_norm(case.parameters, p)  # makes the plan, sums what is Partial
+        distclip.total_grad_norm(case.parameters, p, **case.kwargs)  # makes the plan, sums what is Partial
         case.backward(3)
         with CommDebugMode() as comm:
-            total = distclip.total_grad_norm(case.parameters, p)
+            total = distclip.total_grad_norm(case.parameters, p, **case.kwargs)
         assert type(total) is Tensor
         assert total.dtype == torch.float32
         assert total.dim() == 0
@@ -114,26 +122,26 @@ def test_one_norm(row: str) -> list[float]:
 def test_strategies_equal_their_dense_result(row: str) -> list[str]:
     """Laws 1, 2, 3 and 10: each strategy, on every placement, does what it does to dense gradients."""
     case = built(row)
-    before = dict(zip(case.named, oracle.dense_gradients(case.tensors), strict=True))
+    before = case.dense()
     reports = []
     for label, (strategy, expected) in strategies(before).items():
         case.backward(3)
         want = expected(before)
-        clipper = distclip.Clipper(case.parameters, strategy)
+        clipper = distclip.Clipper(case.parameters, strategy, **case.kwargs)
         assert clipper.plan is not None  # made outside the count
         with CommDebugMode() as comm, count_host_syncs() as syncs:
             report = clipper.clip()
         assert comm.get_total_counts() == LAYOUTS[row].collectives, label
         assert syncs.count <= 1, label  # on the CPU one look at whether anything is clipped
-        for name, parameter in case.named.items():
-            got = oracle.dense(parameter.grad)
-            assert got is not None
-            torch.testing.assert_close(
-                got, want[name], rtol=tolerance(parameter), atol=1e-9, msg=lambda m: f"{label} {name}: {m}"
-            )  # noqa: B023
+        after = case.dense()
+        assert after.keys() == want.keys()
+        for name, got in after.items():
+            parameter = case.named.get(name, case.tensors[0])
+            close = torch.allclose(got, want[name], rtol=tolerance(parameter), atol=1e-9)
+            assert close, (label, name, got, want[name])
         assert report.clipped.item(), label
         reports.append(f"{label} {report}")
-        clipped_norm = oracle.norm(oracle.dense_gradients(case.tensors), strategy.norm_type)
+        clipped_norm = oracle.norm(case.dense().values(), strategy.norm_type)
         low_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in case.tensors)
         assert report.clipped_norm.item() == pytest.approx(
             clipped_norm, rel=1e-2 if low_precision else 1e-5
@@ -145,7 +153,9 @@ def test_strategies_equal_their_dense_result(row: str) -> list[str]:
 def test_below_the_threshold_nothing_changes(row: str) -> None:
     """Law 6."""
     case = built(row)
-    distclip.total_grad_norm(case.parameters)  # Partial gradients are summed by any measurement
+    distclip.total_grad_norm(
+        case.parameters, **case.kwargs
+    )  # Partial gradients are summed by any measurement
     before = bits(case)
     for strategy in (
         distclip.GlobalNorm(1e4),
@@ -153,7 +163,7 @@ def test_below_the_threshold_nothing_changes(row: str) -> None:
         distclip.PerParameter(1e4),
         distclip.PerGroup({"*": 1e4}),
     ):
-        report = distclip.Clipper(case.parameters, strategy).clip()
+        report = distclip.Clipper(case.parameters, strategy, **case.kwargs).clip()
         assert not report.clipped.item()
         assert report.coefficient.item() == 1.0
         assert_same_bits(bits(case), before)
@@ -163,12 +173,13 @@ def test_below_the_threshold_nothing_changes(row: str) -> None:
 def test_twice_is_once(row: str) -> None:
     """Law 6."""
     case = built(row)
-    max_norm = 0.5 * oracle.norm(oracle.dense_gradients(case.tensors))
-    distclip.clip_grad_norm_(case.parameters, max_norm)
-    once = oracle.dense_gradients(case.tensors)
-    distclip.clip_grad_norm_(case.parameters, max_norm)
-    for p, a, b in zip(case.tensors, once, oracle.dense_gradients(case.tensors), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance(p), atol=0)
+    max_norm = 0.5 * oracle.norm(case.dense().values())
+    distclip.clip_grad_norm_(case.parameters, max_norm, **case.kwargs)
+    once = case.dense()
+    distclip.clip_grad_norm_(case.parameters, max_norm, **case.kwargs)
+    for name, twice in case.dense().items():
+        parameter = case.named.get(name, case.tensors[0])
+        torch.testing.assert_close(twice, once[name], rtol=tolerance(parameter), atol=0)
 
 
 @on_row({name: row for name, row in LAYOUTS.items() if row.collectives})
@@ -176,17 +187,17 @@ def test_missing_gradients(row: str) -> list[float]:
     """Law 2: a gradient that only one rank lacks, and a step without any, still join."""
     case = built(row)
     for p in NORM_TYPES:
-        distclip.total_grad_norm(case.parameters, p)  # makes the plan
+        distclip.total_grad_norm(case.parameters, p, **case.kwargs)  # makes the plan
     case.backward(3)
     if dist.get_rank() in LAYOUTS[row].replicas_of_rank_1:
         for tensor in case.tensors[:2]:
             tensor.grad = None
-    norms = [distclip.total_grad_norm(case.parameters, p).item() for p in NORM_TYPES]
+    norms = [distclip.total_grad_norm(case.parameters, p, **case.kwargs).item() for p in NORM_TYPES]
     assert all(0 < n < math.inf for n in norms)
     for tensor in case.tensors:
         tensor.grad = None
     with CommDebugMode() as comm:
-        assert distclip.total_grad_norm(case.parameters).item() == 0.0
+        assert distclip.total_grad_norm(case.parameters, **case.kwargs).item() == 0.0
     assert 1 <= comm.get_total_counts() <= LAYOUTS[row].collectives
     assert all(tensor.grad is None for tensor in case.tensors)
     return norms
@@ -198,23 +209,23 @@ def test_nonfinite_is_decided_together_and_first(row: str) -> None:
     for bad in (math.nan, math.inf):
         for p in (2.0, math.inf):
             case = built(row)
-            distclip.total_grad_norm(case.parameters)
+            distclip.total_grad_norm(case.parameters, **case.kwargs)
             if LAYOUTS[row].same_everywhere or dist.get_rank() in LAYOUTS[row].replicas_of_rank_1:
                 gradient = next(local(t.grad) for t in case.tensors if local(t.grad).numel())  # type: ignore[arg-type]
                 gradient.view(-1)[0] = bad
             before = bits(case)
             with pytest.raises(distclip.NonFiniteError, match="cannot be clipped"):
-                distclip.clip_grad_norm_(case.parameters, 1.0, p, error_if_nonfinite=True)
+                distclip.clip_grad_norm_(case.parameters, 1.0, p, error_if_nonfinite=True, **case.kwargs)
             _assert_equal_with_nan(bits(case), before)
 
-            report = distclip.Clipper(case.parameters, distclip.GlobalNorm(1.0, p)).clip()
+            report = distclip.Clipper(case.parameters, distclip.GlobalNorm(1.0, p), **case.kwargs).clip()
             assert report.nonfinite.item()
             assert report.skipped.item()
             assert not report.clipped.item()
             _assert_equal_with_nan(bits(case), before)
 
             report = distclip.Clipper(
-                case.parameters, distclip.GlobalNorm(1.0, p), on_nonfinite="zero"
+                case.parameters, distclip.GlobalNorm(1.0, p), on_nonfinite="zero", **case.kwargs
             ).clip()
             assert report.nonfinite.item()
             assert not report.skipped.item()
@@ -249,16 +260,23 @@ def test_drop_in(row: str) -> None:
 def test_duplicates_count_once(row: str) -> None:
     """Law 10: listed twice, and two parameters that share one gradient."""
     case = built(row)
-    want = oracle.norm(oracle.dense_gradients(case.tensors))
-    total = distclip.clip_grad_norm_([*case.tensors, *case.tensors], 0.5 * want)
+    want = oracle.norm(case.dense().values())
+    for _ in range(2):
+        total = distclip.total_grad_norm(case.parameters, **case.kwargs)  # FSDP1 marks its parameters
+        assert total.item() == pytest.approx(want, rel=1e-6)
+    total = distclip.clip_grad_norm_([*case.tensors, *case.tensors], 0.5 * want, **case.kwargs)
     assert total.item() == pytest.approx(want, rel=1e-6)
-    got = oracle.norm(oracle.dense_gradients(case.tensors))
+    got = oracle.norm(case.dense().values())
     assert got == pytest.approx(0.5 * want, rel=1e-2)
 
     case.backward(3)
-    twin = torch.nn.Parameter(case.tensors[0].detach().clone())
-    distclip.total_grad_norm(case.parameters)  # where Partial gradients are summed
-    twin.grad = case.tensors[0].grad
-    total = distclip.clip_grad_norm_([*case.tensors, twin], 0.5 * want)
+    distclip.total_grad_norm(case.parameters, **case.kwargs)  # where Partial gradients are summed
+    first = case.tensors[0]
+    twin = torch.nn.Parameter(first.detach().clone())
+    twin.grad = first.grad
+    for attribute in (DECLARED, MANAGED, SUMMED):
+        if hasattr(first, attribute):
+            setattr(twin, attribute, getattr(first, attribute))
+    total = distclip.clip_grad_norm_([*case.tensors, twin], 0.5 * want, **case.kwargs)
     assert total.item() == pytest.approx(want, rel=1e-6)
-    assert oracle.norm(oracle.dense_gradients(case.tensors)) == pytest.approx(0.5 * want, rel=1e-2)
+    assert oracle.norm(case.dense().values()) == pytest.approx(0.5 * want, rel=1e-2)
