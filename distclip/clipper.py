@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip._apply import OnNonfinite, carry_out, require_policy
+from distclip._description import Description, describe
 from distclip._gradients import collect
 from distclip._meter import Meter, regroup
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._slots import Slots, per_parameter, slots_of
+from distclip._verification import verify_counting
 from distclip.strategies._base import Strategy
 
 
@@ -118,6 +120,32 @@ class Clipper:
         decision = self.strategy.decide(norms)
         report = carry_out(decision, norms, gradients, self._slots, self.on_nonfinite)
         return replace(report, _parameter_norms=by_parameter, _parameter_names=plan.names if fine else ())
+
+    def describe(self) -> Description:
+        """A table of the parameters of this rank: where each lies, and how it is counted; ``print`` it.
+
+        Every rank in scope calls this, or none.
+        """
+        plan = self.plan
+        return describe(plan, self._tensors)
+
+    @torch.no_grad()
+    def verify(self) -> float:
+        """Gather the gradients that are there now, and check that each element is counted once.
+
+        Every rank in scope calls this, or none, after a backward pass. It moves every gradient to every
+        rank, one parameter at a time, in float64: a tool for debugging, not for every step.
+
+        Returns:
+            The 2-norm of the gathered gradient.
+
+        Raises:
+            OwnershipError: on every rank: names each parameter that is counted more or less than once, and
+                the axis along which it is.
+        """
+        plan = self.plan
+        collect(plan, self._tensors)  # sums what is partial
+        return verify_counting(plan, self._tensors)
 
     def _meter(self, plan: Plan, fine: bool) -> Meter:
         if fine not in self._meters:
