@@ -224,7 +224,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--max-norm", type=float, default=1.0, help="the strategy's threshold")
     parser.add_argument("--unclipped", action="store_true", help="only measure")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32, help="of all ranks together")
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.0)
