@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import Tensor
+
+from distclip.strategies import Chain, GlobalNorm, Strategy, Value
+from tests.parity.steps import STEPS, agree, clip, spiky_gradients
+
+
+def update(transform: Any, gradients: list[Tensor]) -> list[Tensor]:
+    arrays = [jnp.asarray(g.numpy()) for g in gradients]
+    updates, _ = transform.update(arrays, transform.init(arrays))
+    return [torch.from_numpy(np.array(u)) for u in updates]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "transform"),
+    [
+        (GlobalNorm(0.5, eps=0), optax.clip_by_global_norm(0.5)),
+        (Value(0.1), optax.clip(0.1)),
+        (
+            Chain(GlobalNorm(2.0, eps=0), GlobalNorm(0.5, eps=0)),
+            optax.chain(optax.clip_by_global_norm(2.0), optax.clip_by_global_norm(0.5)),
+        ),
+        (
+            Chain(GlobalNorm(0.5, eps=0), Value(0.1)),
+            optax.chain(optax.clip_by_global_norm(0.5), optax.clip(0.1)),
+        ),
+    ],
+    ids=["clip_by_global_norm", "clip", "chain", "chain that clamps"],
+)
+def test_every_step_as_optax(strategy: Strategy, transform: Any) -> None:
+    touched = 0
+    for (clipped, _), gradients in zip(clip(strategy, spiky_gradients()), spiky_gradients(), strict=True):
+        assert agree(clipped, update(transform, gradients))
+        touched += not all(map(torch.equal, clipped, gradients))
+    assert 30 < touched <= STEPS
+
+
+def test_one_nan_makes_every_gradient_nan_in_optax_but_not_here() -> None:
+    """It multiplies all by 1 / NaN. Here the step is reported as non-finite and nothing is touched."""
+    gradients = next(spiky_gradients())
+    gradients[0][0, 0] = math.nan
+    theirs = update(optax.clip_by_global_norm(0.5), gradients)
+    assert all(g.isnan().all() for g in theirs)
+    ((ours, _),) = clip(GlobalNorm(0.5, eps=0), iter([gradients]))
+    assert all(
+        torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(ours, gradients, strict=True)
+    )
