@@ -57,7 +57,7 @@ def gradient_of(spec: Spec) -> Tensor:
         return dense.flatten()[:1].sum().expand(spec.shape)
     if spec.kind == "zero":
         return torch.zeros_like(dense)
-    if spec.kind == "lazy":  # as backward leaves them where z.conj() or its .imag took part
+    if spec.kind == "lazy":  # backward leaves the first where z.conj() took part
         return dense.conj() if dense.is_complex() else torch._neg_view(dense)
     if spec.kind.startswith("sparse") and dense.dim():
         rows = [0, 0, -1] if spec.kind == "sparse repeated" else range(0, spec.shape[0], 2)
