@@ -6,21 +6,37 @@ parallelism, the same number on every rank, in one small collective.
 
 from importlib.metadata import version as _version
 
-from distclip._decision import Clamp, Decision, Scale
+from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._norms import Norms
 from distclip._report import ClipReport
 from distclip.clipper import Clipper
 from distclip.errors import DistclipError, NonFiniteError, OwnershipError
 from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
 from distclip.ownership import declare
-from distclip.strategies import GlobalNorm, PerGroup, PerParameter, Strategy, Value
+from distclip.strategies import (
+    AdaGC,
+    Chain,
+    Cosine,
+    GlobalNorm,
+    PerGroup,
+    PerParameter,
+    Percentile,
+    SkipSpikes,
+    Strategy,
+    Value,
+    Warmup,
+    ZClip,
+)
 
 __version__ = _version("distclip")
 
 __all__ = [
+    "AdaGC",
+    "Chain",
     "Clamp",
     "ClipReport",
     "Clipper",
+    "Cosine",
     "Decision",
     "DistclipError",
     "GlobalNorm",
@@ -29,9 +45,14 @@ __all__ = [
     "OwnershipError",
     "PerGroup",
     "PerParameter",
+    "Percentile",
     "Scale",
+    "SkipSpikes",
     "Strategy",
+    "Then",
     "Value",
+    "Warmup",
+    "ZClip",
     "clip_grad_norm_",
     "clip_grad_value_",
     "declare",

@@ -28,7 +28,7 @@ class Gradients:
 
     Attributes:
         buckets: strided, non-empty tensors that can be changed in place.
-        rebuilt: gradients that could not be (sparse and uncoalesced, expanded, still in flight): their
+        rebuilt: gradients that could not be (sparse, expanded, lazily conjugated, still in flight): their
             stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
     """
 
@@ -51,26 +51,29 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
         settle_gradients(plan, parameters)
     buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
     rebuilt: list[tuple[Tensor, Tensor]] = []
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], Tensor | None] = {}  # by memory, what .grad would have to become
     for i, parameter in enumerate(parameters):
         gradient = parameter.grad
         if gradient is None:
             continue
         local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
-        if local.layout is not torch.strided or not local.is_contiguous() or type(local) is not Tensor:
-            local, replacement = _workable(local, parameter)
-            if replacement is not None:
-                rebuilt.append((parameter, replacement))
-        if local.numel() == 0:
-            continue
+        strided = local.layout is torch.strided and type(local) is Tensor
         # Tied or aliased gradients are one gradient: count and scale it once.
-        memory = (local.data_ptr(), local.numel())
+        memory = ((local if strided else _values(local)).data_ptr(), local.numel())
         if memory in seen:
-            continue
-        seen.add(memory)
-        bucket = buckets.setdefault((local.device, local.dtype), Bucket())
-        bucket.tensors.append(local)
-        bucket.parameters.append(i)
+            replacement = seen[memory]
+        else:
+            replacement = None
+            if not strided or not local.is_contiguous() or local.is_conj():
+                local, replacement = _workable(local, parameter)
+            if local.numel() == 0:
+                continue
+            seen[memory] = replacement
+            bucket = buckets.setdefault((local.device, local.dtype), Bucket())
+            bucket.tensors.append(local)
+            bucket.parameters.append(i)
+        if replacement is not None:
+            rebuilt.append((parameter, replacement))
     return Gradients(list(buckets.values()), rebuilt)
 
 
@@ -88,17 +91,25 @@ def _unsettled(plan: Plan, parameters: Sequence[Tensor]) -> bool:
     return False
 
 
-def _workable(local: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A strided tensor to work on in place, and what ``.grad`` has to become if that is done."""
+def _values(local: Tensor) -> Tensor:
+    """The tensor that holds the elements of a gradient that is not simply strided."""
     if local.layout is torch.sparse_coo:
-        coalesced = local.coalesce()
-        return coalesced._values(), coalesced
+        return local._values()
     arrived = wait(local)
     if arrived.layout is not torch.strided:
         raise ValueError(
             f"a gradient of shape {tuple(local.shape)} has layout {local.layout}: strided and sparse_coo "
             "gradients can be clipped"
         )
+    return arrived
+
+
+def _workable(local: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A strided tensor to work on in place, and what ``.grad`` has to become if that is done."""
+    if local.layout is torch.sparse_coo:
+        coalesced = local.coalesce()
+        return coalesced._values(), coalesced
+    arrived = wait(local).resolve_conj()
     if torch._debug_has_internal_overlap(arrived) == 1:  # expanded: several elements share memory
         arrived = arrived.contiguous()
     if arrived is local:

@@ -70,10 +70,9 @@ class Meter:
         return self._columns[key]
 
 
-def regroup(power_sums: Tensor, slots: Slots, norm_type: float) -> Tensor:
-    """[num_parameters] reduced power sums -> [num_slots]."""
-    index = torch.tensor(slots.of, dtype=torch.int64, device=power_sums.device)
-    out = power_sums.new_zeros(slots.size)
+def regroup(power_sums: Tensor, slot: Tensor, num_slots: int, norm_type: float) -> Tensor:
+    """Reduced power sums of parameters -> of the slots that they belong to, ``slot`` [num_parameters]."""
+    out = power_sums.new_zeros(num_slots)
     if math.isinf(norm_type):
-        return out.scatter_reduce_(0, index, power_sums, "amax")
-    return out.index_add_(0, index, power_sums)
+        return out.scatter_reduce_(0, slot, power_sums, "amax")
+    return out.index_add_(0, slot, power_sums)

@@ -26,7 +26,7 @@ from distclip._placement import Axis, Placement, whole_shape
 from distclip._scope import Scope, message_device
 from distclip.errors import OwnershipError
 
-_SAMPLES = 256  # elements of a tensor that enter its fingerprint, evenly spaced
+_SAMPLES = 256  # elements of a tensor that enter its fingerprint
 _PROJECTIONS = 4
 _WORDS = _PROJECTIONS + 1  # and the logarithm of the norm
 
@@ -61,6 +61,7 @@ class Agreement:
 
     Attributes:
         names: of all parameters of all stages, in order of stages; tied copies have one, the first.
+        optimizer_groups: of the same.
         rows: where this rank's own parameters stand among them.            # [num_parameters]
         copies: by parameter index, the number of stages that hold a tied copy, where more than one.
         partial: by parameter index, the DTensor gradients that have ``Partial`` placements on any rank,
@@ -70,6 +71,7 @@ class Agreement:
     """
 
     names: tuple[str, ...]
+    optimizer_groups: tuple[int, ...]
     rows: tuple[int, ...]
     copies: dict[int, int] = field(default_factory=dict)
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -93,14 +95,15 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     # An empty list proves nothing either: the ranks that hold something are already asking.
     asks = unproven or replicated or scope.stages or not parameters
     if scope.size == 1 or not asks:
-        return Agreement(names, tuple(range(len(names))), sharded=sharded)
+        groups = tuple(p.optimizer_group for p in parameters)
+        return Agreement(names, groups, tuple(range(len(names))), sharded=sharded)
 
     group = scope.group()
     device = message_device(group, [p.tensor for p in parameters])
     counts, sharded = _agree_on_counts(len(parameters), sharded, scope, group, device)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
-        return Agreement((), ())
+        return Agreement((), (), ())
 
     words = torch.cat(
         [
@@ -111,13 +114,15 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
         dim=1,
     )
     _join_shards(words, placements, unproven)
-    codes = torch.tensor([[_partial_code(p.tensor)] for p in parameters], dtype=torch.float64, device=device)
+    codes = [[_partial_code(p.tensor), p.optimizer_group] for p in parameters]
+    extra = torch.tensor(codes, dtype=torch.float64, device=device).view(-1, 2)
     # Each stage fills its own rows. NaN, no evidence, loses against any.
     rows = slice(offset, offset + len(parameters))
-    message = torch.full((2 * words.size(1) + 1, total), -math.inf, dtype=torch.float64, device=device)
-    message[:, rows] = torch.cat([words, -words, codes.view(-1, 1)], dim=1).T.nan_to_num(nan=-math.inf)
+    message = torch.full((2 * words.size(1) + 2, total), -math.inf, dtype=torch.float64, device=device)
+    message[:, rows] = torch.cat([words, -words, extra], dim=1).T.nan_to_num(nan=-math.inf)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    high, low, code = torch.split(message.T.cpu(), [words.size(1), words.size(1), 1], dim=1)
+    high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 2], dim=1)
+    code, optimizer_group = extra.unbind(dim=1)
 
     fault = _first_fault(high, high + low) or _tie_fault(high)
     names = names if scope.stages is None else _all_names(names, offset, total, group, device)
@@ -132,9 +137,10 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     copies = high[rows, 2].long() % _MOST_TIED
     return Agreement(
         tuple(names[row] for row in kept),
+        tuple(int(optimizer_group[row]) for row in kept),
         tuple(kept[originals[row]] for row in range(offset, offset + len(parameters))),
         {i: count for i, count in enumerate(copies.tolist()) if count > 1},
-        {i: _decode(int(c)) for i, c in enumerate(code[rows, 0].tolist()) if c > 0},
+        {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},
         sharded,
     )
 
@@ -312,13 +318,16 @@ def _join_shards(words: Tensor, placements: Sequence[Placement], indices: Sequen
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """[_SAMPLES] float64: evenly spaced elements, padded with zeros."""
+    """[_SAMPLES] float64: elements from all over the tensor; all of a small one, padded with zeros."""
     local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
     if local.is_complex():
-        local = torch.view_as_real(local)
+        local = torch.view_as_real(local.resolve_conj())
     flat = local.reshape(-1)
-    flat = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double()
-    return torch.nn.functional.pad(flat, (0, _SAMPLES - flat.numel()))
+    if flat.numel() > _SAMPLES:
+        # Scattered: an even stride would often see one column of a matrix only.
+        scattered = torch.arange(_SAMPLES, device=flat.device) * 2654435761 % flat.numel()
+        flat = flat[scattered]
+    return torch.nn.functional.pad(flat.double(), (0, _SAMPLES - flat.numel()))
 
 
 def _project(samples: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,8 @@ class Plan:
         placements: where the elements of each live.                        # [num_parameters]
         multiplicities: ranks of ``group`` that hold the same elements.     # [num_parameters]
         partial: by parameter index, the reduction that its gradient still needs per mesh axis.
-        names: of all parameters of all pipeline stages, in order of stages; tied copies have one.
+        every: the parameters of all pipeline stages, in order of stages (tied copies are one; the shape of
+            those in other stages is not known, and empty).
         rows: where this rank's own stand among them.                       # [num_parameters]
         group_name: the ranks that the per-step message is reduced over; None where every rank holds all
             of every parameter, so that nothing needs to be reduced.
@@ -46,12 +47,17 @@ class Plan:
     placements: tuple[Placement, ...]
     multiplicities: tuple[int, ...]
     partial: dict[int, tuple[str, ...]]
-    names: tuple[str, ...]
+    every: tuple[ParameterInfo, ...]
     rows: tuple[int, ...]
     scope: Scope
     group_name: str | None
     device: torch.device
     frozen: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all parameters of all stages."""
+        return tuple(p.name for p in self.every)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -90,6 +96,12 @@ def build_plan(
     else:
         scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group, stages)
     agreed = agree(parameters, placements, scope)
+    every = [
+        ParameterInfo(name, torch.Size(), group)
+        for name, group in zip(agreed.names, agreed.optimizer_groups, strict=True)
+    ]
+    for row, p in zip(agreed.rows, parameters, strict=True):
+        every[row] = replace(p.info, name=every[row].name)
     group, size = _reduction_group(placements, scope, agreed.sharded)
     return Plan(
         parameters=tuple(p.info for p in parameters),
@@ -100,7 +112,7 @@ def build_plan(
             for i, p in enumerate(placements)
         ),
         partial=agreed.partial,
-        names=agreed.names,
+        every=tuple(every),
         rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,

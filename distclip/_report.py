@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -72,4 +73,6 @@ class ClipReport:
             return f"norm {d['total_norm']:.3g}, skipped"
         if not d["clipped"]:
             return f"norm {d['total_norm']:.3g}"
+        if math.isnan(d["clipped_norm"]):  # clamped, and this norm does not tell what that left
+            return f"norm {d['total_norm']:.3g}, clamped"
         return f"norm {d['total_norm']:.3g} → {d['clipped_norm']:.3g} (×{d['coefficient']:.3g})"

@@ -29,3 +29,8 @@ def slots_of(strategy: Strategy, plan: Plan) -> Slots:
 
 def per_parameter(plan: Plan) -> Slots:
     return Slots(plan.names, plan.rows)
+
+
+def groups_of_every(strategy: Strategy, plan: Plan) -> tuple[int, ...]:
+    """The strategy's slot of each parameter of all stages."""
+    return tuple(strategy.group_of(p) for p in plan.every)

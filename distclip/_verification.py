@@ -116,7 +116,7 @@ def _square(piece: _Piece) -> float:
 def _faults(pieces: Sequence[_Piece], known_axes: Sequence[tuple[str, tuple[int, ...]]]) -> list[str]:
     """What is wrong with one parameter of one stage, from the pieces that all its ranks hold."""
     present = [p for p in pieces if p.elements is not None]
-    faults = []
+    faults: list[str] = []
     first: dict[tuple[int, ...], _Piece] = {}
     for piece in present:
         original = first.setdefault(piece.cell, piece)

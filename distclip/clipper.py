@@ -17,7 +17,7 @@ from distclip._meter import Meter, regroup
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
-from distclip._slots import Slots, per_parameter, slots_of
+from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._verification import verify_counting
 from distclip.strategies._base import Strategy
 
@@ -92,6 +92,7 @@ class Clipper:
             self._plan = build_plan(named, self._process_group, self._stages)
             self._slots = slots_of(self.strategy, self._plan)
             self._meters.clear()
+            self.strategy.prepare(self._plan.every)
             self.strategy.to(self._plan.device)
         return self._plan
 
@@ -115,7 +116,8 @@ class Clipper:
         sums = self._meter(plan, fine).power_sums(gradients)
         by_parameter = self._meter(plan, fine).norms(sums).slots if fine else None
         if fine and not self.strategy.per_parameter:
-            sums = regroup(sums, self._slots, self.strategy.norm_type)
+            slot = torch.tensor(groups_of_every(self.strategy, plan), device=sums.device)
+            sums = regroup(sums, slot, self._slots.size, self.strategy.norm_type)
         norms = self._meter(plan, self.strategy.per_parameter).norms(sums)
         decision = self.strategy.decide(norms)
         report = carry_out(decision, norms, gradients, self._slots, self.on_nonfinite)

@@ -15,7 +15,7 @@ from torch import Tensor
 # elements, and 1e-5 off for a few thousand equal ones. The norms of rows of this length, joined in
 # float64, are at most 1e-7 off, at the same speed.
 _CPU_ROW = 256
-_CPU_SMALL = 2048  # up to here the plain norm is good to 5e-7, and one call serves all tensors
+_CPU_SMALL = 512  # up to here the plain norm is as good, and one call serves all tensors
 
 
 def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype) -> Tensor:
@@ -38,7 +38,7 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 
 
 def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
-    if all(t.numel() <= _CPU_SMALL for t in tensors):
+    if all(t.numel() <= _CPU_SMALL and t.is_contiguous() for t in tensors):
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square_()
     # Large tensors go by rows, small ones and what is left at the end of the large ones in one call.
     rows: list[Tensor] = []  # [rows of the tensor, _CPU_ROW]
@@ -46,8 +46,8 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
     rest: list[Tensor] = []
     rest_owner: list[int] = []
     for i, tensor in enumerate(tensors):
-        flat = tensor if tensor.numel() <= _CPU_SMALL else _flat(tensor)
-        if flat is not tensor:
+        flat = _flat(tensor)
+        if flat.numel() > _CPU_SMALL:
             whole = flat.numel() - flat.numel() % _CPU_ROW
             rows.append(flat[:whole].view(-1, _CPU_ROW))
             row_owner.append(i)
@@ -69,9 +69,9 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All elements in one dimension, in memory order: a view where the tensor is dense."""
+    """All elements in one dimension, in memory order: a view where the tensor is dense, else a copy."""
     order = sorted(range(tensor.dim()), key=lambda d: tensor.stride(d), reverse=True)
-    return tensor.permute(order).reshape(-1)
+    return tensor.permute(order).contiguous().view(-1)
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
