@@ -28,7 +28,7 @@ class Gradients:
 
     Attributes:
         buckets: strided, non-empty tensors that can be changed in place.
-        rebuilt: gradients that could not be (sparse, expanded, lazily conjugated, still in flight): their
+        rebuilt: gradients that could not be (sparse, expanded, lazily conjugated or negated, still in flight): their
             stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
     """
 
@@ -64,7 +64,7 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
             replacement = seen[memory]
         else:
             replacement = None
-            if not strided or not local.is_contiguous() or local.is_conj():
+            if not strided or not local.is_contiguous() or local.is_conj() or local.is_neg():
                 local, replacement = _workable(local, parameter)
             if local.numel() == 0:
                 continue
@@ -109,7 +109,7 @@ def _workable(local: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     if local.layout is torch.sparse_coo:
         coalesced = local.coalesce()
         return coalesced._values(), coalesced
-    arrived = wait(local).resolve_conj()
+    arrived = wait(local).resolve_conj().resolve_neg()
     if torch._debug_has_internal_overlap(arrived) == 1:  # expanded: several elements share memory
         arrived = arrived.contiguous()
     if arrived is local:

@@ -56,12 +56,13 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
             rest.append(flat)
             rest_owner.append(i)
     sums = torch.zeros(len(tensors), dtype=torch.float64)
-    counts = [r.size(0) for r in rows]
-    norms = torch.empty(sum(counts), dtype=torch.float32)
-    for row, out in zip(rows, torch.split(norms, counts), strict=True):
-        torch.linalg.vector_norm(row, 2, 1, dtype=torch.float32, out=out)
-    owner = torch.tensor(row_owner).repeat_interleave(torch.tensor(counts))
-    sums.index_add_(0, owner, norms.double().square_())
+    if rows:
+        counts = [r.size(0) for r in rows]
+        norms = torch.empty(sum(counts), dtype=torch.float32)
+        for row, out in zip(rows, torch.split(norms, counts), strict=True):
+            torch.linalg.vector_norm(row, 2, 1, dtype=torch.float32, out=out)
+        owner = torch.tensor(row_owner).repeat_interleave(torch.tensor(counts))
+        sums.index_add_(0, owner, norms.double().square_())
     if rest:
         squares = torch.stack(torch._foreach_norm(rest, 2, dtype=torch.float32)).double().square_()
         sums.index_add_(0, torch.tensor(rest_owner), squares)
