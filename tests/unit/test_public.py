@@ -11,9 +11,12 @@ import torch
 import distclip
 
 PUBLIC = {
+    "AdaGC",
+    "Chain",
     "Clamp",
     "ClipReport",
     "Clipper",
+    "Cosine",
     "Decision",
     "DistclipError",
     "GlobalNorm",
@@ -22,9 +25,14 @@ PUBLIC = {
     "OwnershipError",
     "PerGroup",
     "PerParameter",
+    "Percentile",
     "Scale",
+    "SkipSpikes",
     "Strategy",
+    "Then",
     "Value",
+    "Warmup",
+    "ZClip",
     "clip_grad_norm_",
     "clip_grad_value_",
     "declare",
