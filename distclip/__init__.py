@@ -27,6 +27,7 @@ from distclip.strategies import (
     Warmup,
     ZClip,
 )
+from distclip.training.unscaling import unscale_
 
 __version__ = _version("distclip")
 
@@ -57,4 +58,5 @@ __all__ = [
     "clip_grad_value_",
     "declare",
     "total_grad_norm",
+    "unscale_",
 ]

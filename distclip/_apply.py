@@ -1,8 +1,9 @@
-"""Carry a decision out on this rank's gradients, in place, and report it."""
+"""From a decision to what happens: policies and report first, then the change, in place."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -25,13 +26,37 @@ def require_policy(on_nonfinite: str) -> OnNonfinite:
     return on_nonfinite  # type: ignore[return-value]  # narrowed by the line above
 
 
-def carry_out(
-    decision: Decision, norms: Norms, gradients: Gradients, slots: Slots, on_nonfinite: OnNonfinite
-) -> ClipReport:
-    """Apply ``decision`` unless the policy on non-finite norms says otherwise.
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What is to be done with the gradients of this step, all policies considered, and its report.
+
+    Attributes:
+        coefficient: [] or [num_slots] float32 to multiply by, or None for no multiplication.
+        bound: [] float32 to clamp to, after that, or None.
+        factor: [] float32 to multiply by beside, 1 / loss scale say, 1 where gradients are left alone.
+        zero: [] bool, where to set every gradient to zero instead, or None.
+        may_skip: whether ``report.skipped`` can be true at all.
+    """
+
+    report: ClipReport
+    coefficient: Tensor | None
+    bound: Tensor | None
+    factor: Tensor | None
+    zero: Tensor | None
+    may_skip: bool
+
+
+def resolve(
+    decision: Decision, norms: Norms, on_nonfinite: OnNonfinite, factor: Tensor | None = None
+) -> Outcome:
+    """``decision``, unless the policy on non-finite norms says otherwise.
 
     All that is decided here is decided on the reduced norms, so on every rank alike, and before any
     gradient is touched.
+
+    Args:
+        norms: of the gradients times ``factor``.
+        factor: what the gradients are still to be multiplied by.
 
     Raises:
         NonFiniteError: the norm is not finite and the policy is ``"raise"`` (which waits for the device).
@@ -64,14 +89,12 @@ def carry_out(
         else:  # another norm does not tell whether any element is too large, nor what is left
             clipped = clipped | ~left_alone
             norm_after = torch.where(left_alone, norm_after, math.nan)
-
-    _change(coefficient, bound, clipped, gradients, slots)
     if on_nonfinite == "zero":
-        _zero_where(nonfinite, gradients)
         norm_after = torch.where(nonfinite, 0.0, norm_after)
+
     single = scale is not None and clamp is None and scale.coefficient.dim() == 0
     ratio = torch.where(norm_after == norms.total, 1.0, norm_after / norms.total)
-    return ClipReport(
+    report = ClipReport(
         total_norm=norms.total,
         clipped_norm=norm_after,
         coefficient=coefficient if single and coefficient is not None else ratio,
@@ -80,6 +103,14 @@ def carry_out(
         nonfinite=nonfinite,
         skipped=skipped,
         norm_type=norms.norm_type,
+    )
+    return Outcome(
+        report,
+        coefficient,
+        bound,
+        None if factor is None else torch.where(left_alone, 1.0, factor),
+        nonfinite if on_nonfinite == "zero" else None,
+        on_nonfinite == "skip" or decision.skip is not None,
     )
 
 
@@ -96,24 +127,28 @@ def _scaled_norm(norms: Norms, coefficient: Tensor) -> Tensor:
     return combine(norms.slots * coefficient, norms.norm_type)
 
 
-def _change(
-    coefficient: Tensor | None, bound: Tensor | None, clipped: Tensor, gradients: Gradients, slots: Slots
-) -> None:
+def change(outcome: Outcome, gradients: Gradients, slots: Slots) -> None:
+    """Do to the gradients what has been resolved; where that is nothing, no bit of them changes."""
+    coefficient, factor, bound = outcome.coefficient, outcome.factor, outcome.bound
+    changed = outcome.report.clipped
+    if factor is not None:
+        changed = changed | (factor != 1)
+        coefficient = factor if coefficient is None else coefficient * factor
     # On the CPU the flag is simply looked at. On an accelerator that would wait for the device, and a
     # coefficient of exactly 1 changes no bit anyway.
-    if clipped.device.type == "cpu" and not clipped.item():
-        return
-    for bucket in gradients.buckets:
-        device = bucket.tensors[0].device
-        if coefficient is not None:
-            if coefficient.dim() == 0:
+    if changed.device.type != "cpu" or changed.item():
+        for bucket in gradients.buckets:
+            device = bucket.tensors[0].device
+            if coefficient is not None and coefficient.dim() == 0:
                 kernels.scale_(bucket.tensors, coefficient.to(device))
-            else:
+            elif coefficient is not None:
                 owners = torch.tensor([slots.of[i] for i in bucket.parameters], device=coefficient.device)
                 kernels.scale_each_(bucket.tensors, coefficient[owners].to(device))
-        if bound is not None:
-            kernels.clamp_(bucket.tensors, bound.to(device))
-    gradients.commit()
+            if bound is not None:
+                kernels.clamp_(bucket.tensors, bound.to(device))
+        gradients.commit()
+    if outcome.zero is not None:
+        _zero_where(outcome.zero, gradients)
 
 
 def _zero_where(condition: Tensor, gradients: Gradients) -> None:

@@ -28,8 +28,8 @@ class Gradients:
 
     Attributes:
         buckets: strided, non-empty tensors that can be changed in place.
-        rebuilt: gradients that could not be (sparse, expanded, lazily conjugated or negated, still in flight): their
-            stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
+        rebuilt: gradients that could not be (sparse, expanded, lazily conjugated or negated, still in
+            flight): their stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
     """
 
     buckets: list[Bucket]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Norms:
     slots: Tensor
     norm_type: float = 2.0
     labels: tuple[str, ...] = field(default=("total",), repr=False)  # [num_slots]
+
+    def times(self, factor: Tensor) -> Norms:
+        """The norms of the gradient multiplied by a factor ≥ 0, [] float32."""
+        return replace(self, total=self.total * factor, slots=self.slots * factor)
 
     @staticmethod
     def from_power_sums(sums: Tensor, norm_type: float, labels: tuple[str, ...]) -> Norms:

@@ -21,28 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from distclip._fingerprint import TOLERANCE, WORDS, project, sample
 from distclip._parameters import NamedParameter
 from distclip._placement import Axis, Placement, whole_shape
 from distclip._scope import Scope, message_device
 from distclip.errors import OwnershipError
-
-_SAMPLES = 256  # elements of a tensor that enter its fingerprint
-_PROJECTIONS = 4
-_WORDS = _PROJECTIONS + 1  # and the logarithm of the norm
-
-# Copies may have drifted by rounding (kernels with atomics, bf16), while tensors that are really
-# different agree in all four unit projections to 1 % by chance once in 10^8.
-_TOLERANCE = 1e-2
-
-_ZERO_LOG2 = -1100.0  # stands for log2(0); below log2 of the smallest float64
 
 # The columns of what is compared, and how far ranks may be apart in them.
 _COLUMNS = (
     ("name", slice(0, 1), 0.5),
     ("shape, dtype or placement", slice(1, 2), 0.5),
     ("tied_over= declaration", slice(2, 3), 0.5),
-    ("value", slice(3, 3 + _WORDS), _TOLERANCE),
-    ("gradient", slice(3 + _WORDS, 3 + 2 * _WORDS), _TOLERANCE),
+    ("value", slice(3, 3 + WORDS), TOLERANCE),
+    ("gradient", slice(3 + WORDS, 3 + 2 * WORDS), TOLERANCE),
 )
 _NAME_BYTES = 120
 _MOST_TIED = 1024  # stages that one parameter can be tied over
@@ -143,6 +134,40 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
         {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},
         sharded,
     )
+
+
+def require_equal_gradients(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    placements: Sequence[Placement],
+    rows: Sequence[int],
+    scope: Scope,
+) -> None:
+    """Compare the gradients of plain replicas between ranks, as they are now.
+
+    ``names``: of the parameters of all stages; ``rows``: where these stand among them.
+
+    Raises:
+        OwnershipError: on every rank in scope alike.
+    """
+    group = scope.group()
+    if group is None:
+        return
+    device = message_device(group, tensors)
+    parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
+    unproven = [i for i, p in enumerate(placements) if p.home is None and not p.shards]
+    prints = _fingerprints(parameters, placements, unproven, _settled_gradient, device)
+    message = torch.full((2 * WORDS, len(names)), -math.inf, dtype=torch.float64, device=device)
+    message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
+    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+    spread = (message[:WORDS] + message[WORDS:]).cpu()
+    differing = (spread > TOLERANCE).any(dim=0).nonzero().flatten().tolist()
+    if differing:
+        raise OwnershipError(
+            f"the gradient of parameter {names[differing[0]]!r} differs between ranks that hold copies of "
+            "it: it has not been synchronised. The last forward pass of DDP ran in no_sync(): synchronise "
+            "in the last micro-batch (clipper.accumulate does), then clip."
+        )
 
 
 def _agree_on_counts(
@@ -286,16 +311,20 @@ def _fingerprints(
     tensor_of: Callable[[Tensor, Placement], Tensor | None],
     device: torch.device,
 ) -> Tensor:
-    """[n, _WORDS] float64, of this rank's piece; NaN where there is no evidence."""
-    prints = torch.full((len(parameters), _WORDS), math.nan, dtype=torch.float64, device=device)
+    """[n, WORDS] float64, of this rank's piece; NaN where there is no evidence."""
+    prints = torch.full((len(parameters), WORDS), math.nan, dtype=torch.float64, device=device)
     rows, samples = [], []
     for i in indices:
         tensor = tensor_of(parameters[i].tensor, placements[i])
         if tensor is not None:
             rows.append(i)
-            samples.append(_sample(tensor).to(device))
+            samples.append(sample(tensor).to(device))
     if rows:
-        prints[rows] = _project(torch.stack(samples))
+        found = project(torch.stack(samples))
+        # What is 10^-6 of the largest is rounding noise, and noise is no copy of noise.
+        noise = found[:, -1] < found[:, -1].nan_to_num(nan=-math.inf).amax() - 20
+        found[noise] = math.nan
+        prints[rows] = found
     return prints
 
 
@@ -315,33 +344,6 @@ def _join_shards(words: Tensor, placements: Sequence[Placement], indices: Sequen
         dist.all_reduce(piece, group=axis.group)
         piece[:, 3:] /= math.hypot(*weights)  # unit prints stay of order one
         words[members] = piece
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """[_SAMPLES] float64: elements from all over the tensor; all of a small one, padded with zeros."""
-    local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
-    if local.is_complex():
-        local = torch.view_as_real(local.resolve_conj())
-    flat = local.reshape(-1)
-    if flat.numel() > _SAMPLES:
-        # Scattered: an even stride would often see one column of a matrix only.
-        scattered = torch.arange(_SAMPLES, device=flat.device) * 2654435761 % flat.numel()
-        flat = flat[scattered]
-    return torch.nn.functional.pad(flat.double(), (0, _SAMPLES - flat.numel()))
-
-
-def _project(samples: Tensor) -> Tensor:
-    """[k, _SAMPLES] -> [k, _WORDS]: projections of the unit vector, and log2 of the norm.
-
-    NaN, which is no evidence, where a sample is not finite: an overflow may well be one rank's alone.
-    """
-    samples = torch.where(samples.isfinite().all(dim=1, keepdim=True), samples, math.nan)
-    positions = torch.arange(1, _SAMPLES + 1, dtype=torch.float64, device=samples.device)
-    turns = torch.arange(1, _PROJECTIONS + 1, dtype=torch.float64, device=samples.device)
-    weights = torch.cos(positions[:, None] * turns * 0.7548776662466927 + turns)  # [_SAMPLES, _PROJECTIONS]
-    norm = torch.linalg.vector_norm(samples, dim=1, keepdim=True)
-    unit = samples / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.cat([unit @ weights, torch.log2(norm).clamp_min(_ZERO_LOG2)], dim=1)
 
 
 def _hash(text: str) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from distclip import _ownership
 from distclip._ownership import agree
 from distclip._parameters import NamedParameter, ParameterInfo
 from distclip._placement import Placement, PlacementReader, resolve_group
@@ -53,6 +54,7 @@ class Plan:
     group_name: str | None
     device: torch.device
     frozen: tuple[int, ...]
+    first_device_type: str  # of the first parameter
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,8 +66,10 @@ class Plan:
         return None if self.group_name is None else resolve_group(self.group_name)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the plan still fits the list it was made for: nothing frozen has begun to train."""
-        return not any(tensors[i].requires_grad for i in self.frozen)
+        """Whether the plan still fits the list it was made for: nothing frozen has begun to train, and the
+        model has not moved to another kind of device."""
+        moved = self.positions and tensors[self.positions[0]].device.type != self.first_device_type
+        return not moved and not any(tensors[i].requires_grad for i in self.frozen)
 
 
 def build_plan(
@@ -118,7 +122,18 @@ def build_plan(
         group_name=None if group is None else group.group_name,
         device=message_device(group, tensors),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
+        first_device_type=tensors[0].device.type if tensors else "cpu",
     )
+
+
+def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor]) -> None:
+    """Compare the gradients of plain replicas between ranks, as they are now. One all-reduce.
+
+    Raises:
+        OwnershipError: on every rank in scope alike.
+    """
+    parameters = [tensors[i] for i in plan.positions]
+    _ownership.require_equal_gradients(plan.names, parameters, plan.placements, plan.rows, plan.scope)
 
 
 def _trains(tensor: Tensor) -> bool:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip._apply import OnNonfinite, carry_out, require_policy
+from distclip._accumulation import MicroBatch, Window
+from distclip._apply import OnNonfinite, Outcome, change, require_policy, resolve
 from distclip._description import Description, describe
-from distclip._gradients import collect
+from distclip._gradients import Gradients, collect
+from distclip._loss_scale import LossScale, reciprocal
 from distclip._meter import Meter, regroup
+from distclip._norms import Norms
+from distclip._optimizer_step import require_covered, require_fused, take_step
 from distclip._parameters import Parameters, freeze_source, named_parameters
-from distclip._plan import Plan, build_plan
+from distclip._placement import MANAGED
+from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
+from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
 from distclip.strategies._base import Strategy
 
@@ -38,6 +47,9 @@ class Clipper:
             ``"skip"`` leaves the gradients as they are and sets ``report.skipped``; ``"raise"`` raises
             :class:`NonFiniteError` on every rank; ``"zero"`` sets every gradient to zero; ``"propagate"``
             applies the decision all the same, as torch does.
+        apply: ``"inplace"`` changes the gradients; ``"deferred"`` leaves that to :meth:`step`'s optimizer,
+            which takes the coefficient (and the loss scale) along in its own pass. For fused Adam, AdamW,
+            SGD and Adagrad, and strategies with one coefficient for all.
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
 
@@ -64,18 +76,26 @@ class Clipper:
         stages: dist.ProcessGroup | DeviceMesh | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         on_nonfinite: OnNonfinite = "skip",
+        apply: Literal["inplace", "deferred"] = "inplace",
         accumulate: torch.dtype = torch.float32,
     ) -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(f"{strategy=}: expected a distclip.Strategy, e.g. distclip.GlobalNorm(1.0)")
+        if apply not in ("inplace", "deferred"):
+            raise ValueError(f"{apply=}: expected 'inplace' or 'deferred'")
         if accumulate not in (torch.float32, torch.float64):
             raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
         self.strategy = strategy
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
         self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
         self._process_group, self._stages = process_group, stages
+        self._deferred = apply == "deferred"
         self._accumulate = accumulate
-        self._tensors: list[Tensor] = []
+        self._window = Window()
+        self._synchronisation_: Synchronisation | None = None
+        self._suitable: tuple[tuple[int, int], ...] = ()
+        self.tensors: list[Tensor] = []
+        self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
         self._meters: dict[bool, Meter] = {}  # by whether it measures every parameter
         self._slots = Slots((), ())
@@ -86,12 +106,13 @@ class Clipper:
 
         Making it may communicate: every rank in scope reads this, or none.
         """
-        if self._plan is None or not self._plan.fits(self._tensors):
+        if self._plan is None or not self._plan.fits(self.tensors):
             named = named_parameters(self._source)
-            self._tensors = [p.tensor for p in named]
+            self.tensors = [p.tensor for p in named]
             self._plan = build_plan(named, self._process_group, self._stages)
             self._slots = slots_of(self.strategy, self._plan)
             self._meters.clear()
+            self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
             self.strategy.to(self._plan.device)
         return self._plan
@@ -110,18 +131,162 @@ class Clipper:
         Raises:
             NonFiniteError: on every rank, where ``on_nonfinite="raise"`` and the norm is not finite.
         """
+        if self._deferred:
+            raise ValueError(
+                'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
+            )
+        gradients, outcome = self._decide(None, param_norms=param_norms)
+        change(outcome, gradients, self._slots)
+        self._window.close()
+        return outcome.report
+
+    @torch.no_grad()
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        scaler: GradScaler | None = None,
+        *,
+        param_norms: bool = False,
+    ) -> ClipReport:
+        """Unscale once, measure, decide, clip, step or skip, update the scale: after ``backward``, on every
+        rank, in place of ``scaler.unscale_``, ``clip_grad_norm_``, ``scaler.step`` and ``scaler.update``.
+
+        The norms are those of the unscaled gradients, though these are never unscaled by a pass of their
+        own: that joins the multiplication that clips. Whether a step is skipped, and so the next loss scale,
+        is decided on the reduced norm: alike on every rank, without a further collective. A skipped step
+        leaves parameters, optimizer and strategy as they were.
+
+        Args:
+            optimizer: one, or several that are stepped or skipped together. All their parameters must be
+                among the clipper's.
+            scaler: ``torch.amp.GradScaler`` or ``ShardedGradScaler`` that scaled the loss, if any. Its
+                ``unscale_`` may have been called before. ``scaler.update()`` is called here.
+            param_norms: as for :meth:`clip`.
+
+        Raises:
+            ValueError: gradients are not synchronised yet, the optimizer has parameters that the clipper
+                does not know, or it cannot do what ``apply="deferred"`` asks.
+            NonFiniteError: on every rank, where ``on_nonfinite="raise"`` and the norm is not finite.
+
+        Example:
+            >>> scaler.scale(loss).backward()
+            >>> report = clipper.step(optimizer, scaler)
+            >>> optimizer.zero_grad()
+        """
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        _ = self.plan
+        self._require_suitable(optimizers)
+        loss_scale = LossScale.of(scaler, optimizers)
+        gradients, outcome = self._decide(loss_scale.inverse, param_norms=param_norms)
+        grad_scale = None
+        if self._deferred:
+            grad_scale = _grad_scale(outcome)
+        else:
+            change(outcome, gradients, self._slots)
+        for each in optimizers:
+            take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
+        loss_scale.finish(outcome.report.nonfinite)
+        self._window.close()
+        return outcome.report
+
+    @contextlib.contextmanager
+    def accumulate(self, steps: int, *, last: bool = False) -> Iterator[MicroBatch]:
+        """Around the forward and backward pass of one micro-batch of ``steps`` that make one step.
+
+        Until the last micro-batch of a window gradients are not synchronised (``no_sync`` of DDP and FSDP1,
+        ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``.
+
+        Args:
+            steps: micro-batches in a window, ≥ 1.
+            last: this is the last micro-batch that there is, so the window ends here. Its gradients then
+                count as the mean over the micro-batches that it has.
+
+        Raises:
+            ValueError: ``steps`` is not positive, or changes within a window.
+
+        Example:
+            >>> for i, batch in enumerate(batches):
+            ...     with clipper.accumulate(4, last=i == len(batches) - 1) as micro:
+            ...         micro.backward(loss_of(model(batch)), scaler)
+            ...     if micro.complete:
+            ...         clipper.step(optimizer, scaler)
+            ...         optimizer.zero_grad()
+        """
+        if steps < 1:
+            raise ValueError(f"{steps=}: expected at least one micro-batch")
+        self._window.begin(steps, last)
+        with contextlib.ExitStack() as stack:
+            if not self._window.last:
+                stack.enter_context(self._synchronisation.off())
+            yield MicroBatch(self._window)
+
+    def _decide(self, inverse_scale: Tensor | None, *, param_norms: bool) -> tuple[Gradients, Outcome]:
+        """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
         plan = self.plan
-        gradients = collect(plan, self._tensors)
+        self._require_synchronised(plan)
+        gradients = collect(plan, self.tensors)
         fine = param_norms or self.strategy.per_parameter
         sums = self._meter(plan, fine).power_sums(gradients)
-        by_parameter = self._meter(plan, fine).norms(sums).slots if fine else None
+        factor = self._factor(inverse_scale, sums.device)
+        by_parameter = self._meter(plan, fine).norms(sums) if fine else None
         if fine and not self.strategy.per_parameter:
             slot = torch.tensor(groups_of_every(self.strategy, plan), device=sums.device)
             sums = regroup(sums, slot, self._slots.size, self.strategy.norm_type)
         norms = self._meter(plan, self.strategy.per_parameter).norms(sums)
-        decision = self.strategy.decide(norms)
-        report = carry_out(decision, norms, gradients, self._slots, self.on_nonfinite)
-        return replace(report, _parameter_norms=by_parameter, _parameter_names=plan.names if fine else ())
+        if factor is not None:
+            norms = norms.times(factor)
+            by_parameter = by_parameter.times(factor) if by_parameter is not None else None
+        outcome = resolve(self.strategy.decide(norms), norms, self.on_nonfinite, factor)
+        if by_parameter is not None:
+            report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
+            outcome = replace(outcome, report=report)
+        return gradients, outcome
+
+    def measure(self, gradients: Gradients) -> Norms:
+        """The norms of gradients that have been collected for this clipper, as its strategy gets them."""
+        return self._meter(self.plan, self.strategy.per_parameter)(gradients)
+
+    def _factor(self, inverse_scale: Tensor | None, device: torch.device) -> Tensor | None:
+        """What the gradients have yet to be multiplied by: 1 / loss scale, and what an incomplete window
+        lacks."""
+        missing = self._window.missing
+        if inverse_scale is None:
+            return None if missing == 1 else torch.tensor(missing, dtype=torch.float32, device=device)
+        return inverse_scale.to(device) * missing
+
+    def _require_synchronised(self, plan: Plan) -> None:
+        if not self._window.last:
+            raise ValueError(
+                f"micro-batch {self._window.position} of {self._window.steps}: gradients are not "
+                "synchronised before the last one. Clip where `micro.complete` is true, or pass last=True "
+                "to accumulate()."
+            )
+        culprit = self._synchronisation.was_off(self._managed)
+        if culprit == "DDP":
+            require_equal_gradients(plan, self.tensors)
+        elif culprit is not None:
+            raise ValueError(
+                f"the gradients under {culprit} have not been synchronised: the last backward pass ran in "
+                "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
+                "(clipper.accumulate does), then clip."
+            )
+
+    def _require_suitable(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Checked when the optimizers, or their number of parameters, are new."""
+        key = tuple((id(o), sum(len(g["params"]) for g in o.param_groups)) for o in optimizers)
+        if key == self._suitable:
+            return
+        require_covered(optimizers, self.tensors)
+        if self._deferred:
+            require_fused(optimizers)
+        self._suitable = key
+
+    @property
+    def _synchronisation(self) -> Synchronisation:
+        if self._synchronisation_ is None:
+            source = self._source if isinstance(self._source, list) else [self._source]
+            self._synchronisation_ = Synchronisation([m for m in source if isinstance(m, nn.Module)])
+        return self._synchronisation_
 
     def describe(self) -> Description:
         """A table of the parameters of this rank: where each lies, and how it is counted; ``print`` it.
@@ -129,7 +294,7 @@ class Clipper:
         Every rank in scope calls this, or none.
         """
         plan = self.plan
-        return describe(plan, self._tensors)
+        return describe(plan, self.tensors)
 
     @torch.no_grad()
     def verify(self) -> float:
@@ -146,8 +311,8 @@ class Clipper:
                 the axis along which it is.
         """
         plan = self.plan
-        collect(plan, self._tensors)  # sums what is partial
-        return verify_counting(plan, self._tensors)
+        collect(plan, self.tensors)  # sums what is partial
+        return verify_counting(plan, self.tensors)
 
     def _meter(self, plan: Plan, fine: bool) -> Meter:
         if fine not in self._meters:
@@ -156,10 +321,28 @@ class Clipper:
         return self._meters[fine]
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved to continue the same sequence: the strategy's state. The same on every
-        rank, small, and independent of the number of ranks."""
-        return {"strategy": self.strategy.state_dict()}
+        """What has to be saved to continue the same sequence: the strategy's state, and where the window
+        of micro-batches stands. The same on every rank, small, and independent of the number of ranks."""
+        return {"strategy": self.strategy.state_dict(), "micro_batches": self._window.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on any number of ranks."""
         self.strategy.load_state_dict(state["strategy"])
+        self._window.close()
+        self._window.position = int(state.get("micro_batches", 0))
+
+
+def _grad_scale(outcome: Outcome) -> Tensor:
+    """What a fused optimizer is to divide the gradients by: loss scale / coefficient, [] float32."""
+    if (
+        outcome.coefficient is None
+        or outcome.coefficient.dim()
+        or outcome.bound is not None
+        or outcome.zero is not None
+    ):
+        raise ValueError(
+            'apply="deferred" needs a strategy with one coefficient for all gradients (GlobalNorm, '
+            'Percentile, ZClip, SkipSpikes) and a policy other than on_nonfinite="zero"'
+        )
+    coefficient = outcome.coefficient if outcome.factor is None else outcome.coefficient * outcome.factor
+    return reciprocal(coefficient)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _kernels as kernels
-from distclip._apply import OnNonfinite, carry_out
+from distclip._apply import OnNonfinite, change, resolve
 from distclip._gradients import Gradients, collect
 from distclip._meter import Meter
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
@@ -72,7 +72,9 @@ def clip_grad_norm_(
     norms = meter(gradients)
     decision = strategy.decide(norms)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
-    return carry_out(decision, norms, gradients, meter.slots, policy).total_norm
+    outcome = resolve(decision, norms, policy)
+    change(outcome, gradients, meter.slots)
+    return outcome.report.total_norm
 
 
 @torch.no_grad()
@@ -100,7 +102,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     """Clamp every gradient element to ``[-clip_value, clip_value]``, in place; complex ones by magnitude.
 
     An element is clamped the same wherever it lives, so this needs no other rank, except that DTensor
-    gradients still waiting for a sum (``Partial``) are summed first, with every rank of their mesh.
+    gradients still waiting for a sum (``Partial``) are summed first, with every rank of their mesh (each of
+    which must have that gradient, as backward leaves it). NaN stays NaN; a complex infinity becomes NaN.
 
     Args:
         parameters: as for :func:`clip_grad_norm_`.
@@ -132,9 +135,10 @@ class _Prepared:
 
 
 # The plans of the lists seen last. A plan is found again by the identity of every parameter in the list,
-# and forgotten as soon as one of them dies. Which lists are passed, and so which of them is planned anew,
-# is the caller's program: the same on every rank.
-_prepared: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
+# and dropped as soon as one of them dies; its key stays, since garbage collectors do not die in step, and
+# what is evicted next must be the same on every rank. So which list is planned anew depends only on which
+# lists are passed: the caller's program, the same on every rank.
+_prepared: OrderedDict[tuple[Any, ...], _Prepared | None] = OrderedDict()
 _MOST_PREPARED = 200_000  # tensors, over all lists
 
 
@@ -154,11 +158,12 @@ def _prepare(
         meter = Meter(plan, slots, norm_type, torch.float32)
 
         def forget(_: object) -> None:
-            _prepared.pop(key, None)
+            if key in _prepared:
+                _prepared[key] = None
 
         entry = _Prepared(tuple(weakref.ref(t, forget) for t in tensors), meter)
         _prepared[key] = entry
-        while len(_prepared) > 1 and sum(len(e.tensors) for e in _prepared.values()) > _MOST_PREPARED:
+        while len(_prepared) > 1 and sum(map(len, _prepared)) > _MOST_PREPARED:
             _prepared.popitem(last=False)
     _prepared.move_to_end(key)
     return collect(entry.meter.plan, tensors), entry.meter

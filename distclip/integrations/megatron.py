@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from typing import Any
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from distclip.ownership import Group, declare
 
@@ -41,8 +41,8 @@ def annotate(
     none of these                   a replica
     ==============================  ======================================================================
 
-    Call it once, on every rank, after the model is built (and after the optimizer, where that keeps
-    float32 copies of the parameters: each copy lies as its ``param.main_param`` says). distclip reads
+    Call it on every rank before the first clip, after the model is built (and the optimizer, where that keeps
+    float32 copies of the parameters, ``param.main_param``: they are declared too). distclip reads
     ``.grad``: under Megatron's own optimizer, that is what ``optimizer.prepare_grads()`` leaves on
     ``optimizer.get_parameters()``. Its *distributed* optimizer cuts the copies into further shards, of which
     the attributes say nothing: they are not declared, and clipping them is an ``OwnershipError``.
@@ -50,14 +50,14 @@ def annotate(
     Args:
         model_or_modules: the model, or its chunks (Megatron's models are lists of them).
         tensor_model_parallel_group, expert_parallel_group, expert_tensor_parallel_group, embedding_group:
-            asked of ``megatron.core.parallel_state`` where they are needed and not given. Without an
-            initialised one, experts count as whole unless ``expert_tensor_parallel_group`` is given.
+            where needed and not given, those of ``megatron.core.parallel_state``. An
+            ``expert_parallel_group`` given alone says that each expert is whole.
         sequence_parallel_group: the group over which the gradients of ``sequence_parallel=True`` parameters
             have *not* been summed yet: distclip sums them. None: they have been.
 
     Raises:
-        ValueError: a parameter needs a group that is neither given nor known to ``parallel_state``.
-        ModuleNotFoundError: the same, and ``megatron-core`` is not installed.
+        ValueError: a parameter needs a group that is not given, and ``parallel_state`` is not initialised.
+        ModuleNotFoundError: the same, and ``megatron-core`` is not even installed.
         TypeError: something that is no module was passed.
 
     Example:
@@ -69,60 +69,51 @@ def annotate(
     modules = [model_or_modules] if isinstance(model_or_modules, nn.Module) else list(model_or_modules)
     if wrong := [type(m).__name__ for m in modules if not isinstance(m, nn.Module)]:
         raise TypeError(f"expected a Module or several Modules, got {wrong[0]} among them")
-    if expert_tensor_parallel_group is None and (state := _parallel_state(required_for=None)) is not None:
-        expert_tensor_parallel_group = state.get_expert_tensor_parallel_group()
     for name, parameter in (named for m in modules for named in m.named_parameters()):
         split = getattr(parameter, "tensor_model_parallel", False)
-        expert = not getattr(parameter, "allreduce", True)
         shards: list[Group] = []
-        if expert:
-            shards.append(
-                expert_parallel_group
-                or _known("expert_parallel_group", "get_expert_model_parallel_group", name)
-            )
-            if split and expert_tensor_parallel_group is not None:
-                shards.append(expert_tensor_parallel_group)
-        elif split:
-            shards.append(
-                tensor_model_parallel_group
-                or _known("tensor_model_parallel_group", "get_tensor_model_parallel_group", name)
-            )
-        tied = None
+        tied = partial = None
+        if not getattr(parameter, "allreduce", True):
+            shards.append(_group("expert_parallel_group", expert_parallel_group, name))
+            etp = expert_tensor_parallel_group
+            if split and (etp is not None or expert_parallel_group is None):
+                shards.append(_group("expert_tensor_parallel_group", etp, name))
+        else:
+            if split:
+                shards.append(_group("tensor_model_parallel_group", tensor_model_parallel_group, name))
+            if getattr(parameter, "sequence_parallel", False):
+                partial = sequence_parallel_group
         if getattr(parameter, "shared", False) or getattr(parameter, "shared_embedding", False):
-            tied = embedding_group or _known("embedding_group", "get_embedding_group", name)
-        partial = None
-        if getattr(parameter, "sequence_parallel", False) and not expert:
-            partial = sequence_parallel_group
-        for tensor in _with_main_copy(parameter):
-            declare(tensor, sharded_over=shards, partial_over=partial, tied_over=tied)
+            tied = _group("embedding_group", embedding_group, name)
+        declare(parameter, sharded_over=shards, partial_over=partial, tied_over=tied)
+        main = getattr(parameter, "main_param", None)  # the optimizer's float32 copy
+        if main is not None and main.shape == parameter.shape:
+            declare(main, sharded_over=shards, tied_over=tied)
 
 
-def _with_main_copy(parameter: Tensor) -> list[Tensor]:
-    """A parameter, and the float32 copy of it that the optimizer works on, where there is one."""
-    main = getattr(parameter, "main_param", None)
-    return [parameter] if main is None or main.shape != parameter.shape else [parameter, main]
+_GETTERS = {
+    "tensor_model_parallel_group": "get_tensor_model_parallel_group",
+    "expert_parallel_group": "get_expert_model_parallel_group",
+    "expert_tensor_parallel_group": "get_expert_tensor_parallel_group",
+    "embedding_group": "get_embedding_group",
+}
 
 
-def _known(argument: str, getter: str, name: str) -> Any:
-    """The group that Megatron has made, for a parameter that needs it."""
-    return getattr(_parallel_state(required_for=f"{name} needs {argument}="), getter)()
-
-
-def _parallel_state(required_for: str | None) -> Any:
-    """Megatron's, if it is initialised; otherwise None, or an error where something needs it."""
+def _group(argument: str, given: Group | None, name: str) -> Group:
+    """The group that the parameter of that name needs: as given, else the one that Megatron has made."""
+    if given is not None:
+        return given
     try:
         state = importlib.import_module("megatron.core.parallel_state")
     except ModuleNotFoundError as error:
-        if required_for is None:
-            return None
         raise ModuleNotFoundError(
-            f"{required_for}, and without megatron.core there is no default for it: pass it, or "
-            "`pip install 'distclip[megatron]'`"
+            f"{name} needs {argument}=, which has no default where megatron.core is not installed: pass it, "
+            "or `pip install megatron-core`"
         ) from error
-    if state.model_parallel_is_initialized():
-        return state
-    if required_for is None:
-        return None
-    raise ValueError(
-        f"{required_for}: pass it, or call megatron.core.parallel_state.initialize_model_parallel() first"
-    )
+    if not state.model_parallel_is_initialized():
+        raise ValueError(
+            f"{name} needs {argument}=: pass it, or call "
+            "megatron.core.parallel_state.initialize_model_parallel() first"
+        )
+    group: dist.ProcessGroup = getattr(state, _GETTERS[argument])()
+    return group

@@ -18,7 +18,7 @@ class Value(Strategy):
     ``clipped_norm`` is that after clamping.
 
     As :func:`torch.nn.utils.clip_grad_value_`. In bfloat16 and float16 the bound is rounded to the
-    gradient's dtype. NaN stays NaN and ∞ becomes the bound, unless the clipper's ``on_nonfinite`` policy
+    gradient's dtype. NaN stays NaN and ∞ becomes the bound (a complex ∞, which has no direction, NaN), unless the clipper's ``on_nonfinite`` policy
     deals with them first.
 
     Args:

@@ -37,6 +37,7 @@ PUBLIC = {
     "clip_grad_value_",
     "declare",
     "total_grad_norm",
+    "unscale_",
 }
 
 

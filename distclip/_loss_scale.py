@@ -1,0 +1,75 @@
+"""The loss scale of a ``torch.amp.GradScaler``, read and fed back without a pass over the gradients.
+
+GradScaler's own ``unscale_`` reads and writes every gradient, and looks for infinities on this rank alone,
+so that ranks which hold different gradients take different decisions. Here the norm of the scaled
+gradients is divided by the scale, unscaling joins the multiplication by the clip coefficient, and "found an
+infinity" is what the reduced norm says: the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """One step's view of a scaler.
+
+    Attributes:
+        inverse: [] float32, 1 / scale; None where the gradients are not scaled (any more).
+    """
+
+    scaler: GradScaler | None
+    optimizers: Sequence[torch.optim.Optimizer]
+    inverse: Tensor | None
+
+    @staticmethod
+    def of(scaler: GradScaler | None, optimizers: Sequence[torch.optim.Optimizer]) -> LossScale:
+        """
+        Raises:
+            ValueError: the scaler has not scaled anything yet, or has been stepped already, or some of the
+                optimizers have been unscaled and others not.
+        """
+        if scaler is None or not scaler.is_enabled():
+            return LossScale(None, optimizers, None)
+        if scaler._scale is None:
+            raise ValueError(
+                "the scaler passed to step() has never scaled a loss: call scaler.scale(loss).backward()"
+            )
+        stages = [scaler._per_optimizer_states[id(o)]["stage"] for o in optimizers]
+        if OptState.STEPPED in stages:
+            raise ValueError("scaler.step() has been called already: clipper.step() takes its place")
+        if len(set(stages)) > 1:
+            raise ValueError(
+                "scaler.unscale_() was called for some of the optimizers and not for others: unscale all of "
+                "them or none (step() does it on its own)"
+            )
+        unscaled = stages[0] == OptState.UNSCALED
+        return LossScale(scaler, optimizers, None if unscaled else reciprocal(scaler._scale))
+
+    def finish(self, nonfinite: Tensor) -> None:
+        """All optimizers have been stepped: tell the scaler, and let it update its scale."""
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                record(self.scaler, optimizer, nonfinite, OptState.STEPPED)
+            self.scaler.update()
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale in float32, rounded once."""
+    return scale.double().reciprocal().float()
+
+
+def record(scaler: GradScaler, optimizer: torch.optim.Optimizer, nonfinite: Tensor, stage: OptState) -> None:
+    """Tell the scaler whether infinities were found, as its own unscale_ would."""
+    assert scaler._scale is not None
+    state = scaler._per_optimizer_states[id(optimizer)]
+    # update() adds the flags of several optimizers in place: each gets a tensor of its own.
+    found = nonfinite.to(device=scaler._scale.device, dtype=torch.float32, copy=True)
+    state["found_inf_per_device"] = {found.device: found}
+    state["stage"] = stage

@@ -1,0 +1,67 @@
+"""Take the optimizer's step, or skip it, on every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer scales and skips by itself: ``fused=True`` Adam, AdamW, SGD and Adagrad."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, skipped: Tensor, *, may_skip: bool, grad_scale: Tensor | None = None
+) -> None:
+    """``optimizer.step()`` unless ``skipped`` ([] bool).
+
+    A fused optimizer gets the flag, and what to divide the gradients by, as tensors. Any other has to be
+    left uncalled, for which the host must know the flag: the one host sync, and only where skipping is
+    possible at all (``may_skip``).
+    """
+    if not is_fused(optimizer):
+        assert grad_scale is None
+        if not (may_skip and skipped.item()):
+            optimizer.step()
+        return
+    optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def require_covered(optimizers: Sequence[torch.optim.Optimizer], tensors: Sequence[Tensor]) -> None:
+    """
+    Raises:
+        ValueError: an optimizer holds a parameter that the clipper does not: its gradient would be neither
+            unscaled nor clipped, and an infinity in it not seen.
+    """
+    known = {id(t) for t in tensors}
+    for optimizer in optimizers:
+        for g, group in enumerate(optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"param_groups[{g}][{i}] of {type(optimizer).__name__} (shape "
+                        f"{tuple(parameter.shape)}) is not among the clipper's parameters: make the Clipper "
+                        "from the whole model or the optimizer. To clip only some of them, use "
+                        "distclip.PerGroup with patterns; what fits none is left as it is."
+                    )
+
+
+def require_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """
+    Raises:
+        ValueError: an optimizer cannot take the coefficient.
+    """
+    for optimizer in optimizers:
+        if not is_fused(optimizer):
+            raise ValueError(
+                f'apply="deferred" hands the coefficient to the optimizer, which {type(optimizer).__name__} '
+                'does not take: use Adam, AdamW, SGD or Adagrad with fused=True, or apply="inplace"'
+            )

@@ -1,0 +1,1 @@
+"""The training step around clipping, for those who do not leave it all to ``Clipper.step``."""

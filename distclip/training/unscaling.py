@@ -1,0 +1,54 @@
+"""Unscaling gradients of any placement, for those who keep torch's order of calls."""
+
+from __future__ import annotations
+
+import torch
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from distclip import _kernels as kernels
+from distclip._gradients import collect
+from distclip._loss_scale import LossScale, record
+from distclip._optimizer_step import require_covered
+from distclip.clipper import Clipper
+
+
+@torch.no_grad()
+def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clipper) -> None:
+    """``scaler.unscale_(optimizer)``, right for gradients that are spread over ranks in any way.
+
+    For those who keep torch's order of calls: ``scaler.scale(loss).backward()``, this,
+    ``clipper.clip()``, ``scaler.step(optimizer)``, ``scaler.update()``. (``clipper.step(optimizer, scaler)``
+    does all of it in fewer passes.) Whether infinities were found is decided on the reduced norm of all the
+    clipper's gradients, alike on every rank; DTensor and plain parameters mix. Every rank calls it.
+
+    Raises:
+        ValueError: the optimizer has been unscaled already, or holds a parameter that the clipper does not.
+
+    Example:
+        >>> scaler.scale(loss).backward()
+        >>> distclip.unscale_(scaler, optimizer, clipper)
+        >>> report = clipper.clip()
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+    """
+    plan = clipper.plan
+    require_covered([optimizer], clipper.tensors)
+    loss_scale = LossScale.of(scaler, [optimizer])
+    if loss_scale.scaler is None:
+        return
+    if loss_scale.inverse is None:
+        raise ValueError("the gradients of this optimizer have been unscaled already since scaler.update()")
+    gradients = collect(plan, clipper.tensors)
+    total = clipper.measure(gradients).total
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for bucket in gradients.buckets:
+        mine = [
+            tensor
+            for tensor, i in zip(bucket.tensors, bucket.parameters, strict=True)
+            if id(clipper.tensors[plan.positions[i]]) in own
+        ]
+        if mine:
+            kernels.scale_(mine, loss_scale.inverse.to(mine[0].device))
+    gradients.rebuilt[:] = [(p, g) for p, g in gradients.rebuilt if id(p) in own]
+    gradients.commit()
+    record(scaler, optimizer, ~torch.isfinite(total), OptState.UNSCALED)
