@@ -46,7 +46,7 @@ def test_the_norms_do_not_depend_on_how_the_model_is_spread(parallel: str, ranks
     replicated = first_norms(run(*ENOUGH))
     spread = run("--steps", "3", "--parallel", parallel, ranks=ranks)
 
-    assert len(set(replicated)) == 3  # the model has moved between them
+    assert len(set(replicated)) == 3  # three steps, three batches
     assert first_norms(spread) == pytest.approx(replicated, rel=1e-5)
     assert spread[f"norms on all {ranks or 1} ranks"] == "bit-identical"
 
@@ -63,16 +63,22 @@ def test_clipping_is_what_keeps_the_training_alive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "parallel", "ranks"),
-    [("value", "ddp", 0), ("per-parameter", "fsdp2", 0), ("per-group", "tp", 2)],
+    ("strategy", "max_norm", "lr", "parallel", "ranks"),
+    [
+        ("value", "0.01", "0.1", "ddp", 0),
+        ("per-parameter", "0.1", "1", "fsdp2", 0),
+        ("per-group", "0.1", "1", "tp", 2),
+    ],
 )
-def test_every_strategy_trains_a_transformer(strategy: str, parallel: str, ranks: int) -> None:
+def test_every_strategy_trains_a_transformer(
+    strategy: str, max_norm: str, lr: str, parallel: str, ranks: int
+) -> None:
     summary = run(
-        *("--model", "transformer", "--parallel", parallel, "--steps", "10"),
-        *("--strategy", strategy, "--max-norm", "0.01"),
+        *("--model", "transformer", "--parallel", parallel, "--steps", "30"),
+        *("--strategy", strategy, "--max-norm", max_norm, "--lr", lr),
         ranks=ranks,
     )
 
     assert float(summary["clip rate"]) == 1
-    assert float(summary["final loss"]) < 7
+    assert float(summary["final loss"]) < 4
     assert summary[f"norms on all {ranks or 1} ranks"] == "bit-identical"
