@@ -18,8 +18,8 @@ class Value(Strategy):
     ``clipped_norm`` is that after clamping.
 
     As :func:`torch.nn.utils.clip_grad_value_`. In bfloat16 and float16 the bound is rounded to the
-    gradient's dtype. NaN stays NaN and ∞ becomes the bound (a complex ∞, which has no direction, NaN), unless the clipper's ``on_nonfinite`` policy
-    deals with them first.
+    gradient's dtype. NaN stays NaN and ∞ becomes the bound (a complex ∞, which has no direction, becomes
+    NaN), unless the clipper's ``on_nonfinite`` policy deals with them first.
 
     Args:
         clip_value: the bound v, ≥ 0. Or a function of the step, see :mod:`distclip.strategies.schedules`.
