@@ -25,12 +25,25 @@ class Window:
     last: bool = True
 
     def begin(self, steps: int, last: bool) -> None:
-        if self.position and steps != self.steps:
+        if self.backwards and self.last:  # complete, and never used: step() raised, say
+            self.close()
+        if self.backwards and steps != self.steps:
             raise ValueError(f"{steps=}: this window of {self.steps} micro-batches is not complete")
         self.steps = steps
         self.position += 1
         self.backwards += 1
         self.last = last or self.position >= steps
+
+    def require_complete(self) -> None:
+        """
+        Raises:
+            ValueError: more micro-batches are to come. So on every rank.
+        """
+        if not self.last:
+            raise ValueError(
+                f"micro-batch {self.position} of {self.steps}: gradients are not synchronised before the "
+                "last one. Clip where `micro.complete` is true, or pass last=True to accumulate()."
+            )
 
     @property
     def missing(self) -> float:

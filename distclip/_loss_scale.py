@@ -29,14 +29,24 @@ class LossScale:
     inverse: Tensor | None
 
     @staticmethod
-    def of(scaler: GradScaler | None, optimizers: Sequence[torch.optim.Optimizer]) -> LossScale:
+    def of(
+        scaler: GradScaler | None,
+        optimizers: Sequence[torch.optim.Optimizer],
+        stage_device: torch.device | None = None,
+    ) -> LossScale:
         """
+        Args:
+            stage_device: that of a pipeline stage, which may never see a loss: its scaler starts here, at
+                the same scale as that of the last stage.
+
         Raises:
             ValueError: the scaler has not scaled anything yet, or has been stepped already, or some of the
                 optimizers have been unscaled and others not.
         """
         if scaler is None or not scaler.is_enabled():
             return LossScale(None, optimizers, None)
+        if scaler._scale is None and stage_device is not None:
+            scaler._lazy_init_scale_growth_tracker(stage_device)
         if scaler._scale is None:
             raise ValueError(
                 "the scaler passed to step() has never scaled a loss: call scaler.scale(loss).backward()"

@@ -22,10 +22,12 @@ def take_step(
     left uncalled, for which the host must know the flag: the one host sync, and only where skipping is
     possible at all (``may_skip``).
     """
-    if not is_fused(optimizer):
+    fused = is_fused(optimizer)
+    if may_skip and (not fused or _lacks_momentum(optimizer)) and skipped.item():
+        return
+    if not fused:
         assert grad_scale is None
-        if not (may_skip and skipped.item()):
-            optimizer.step()
+        optimizer.step()
         return
     optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
     optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -33,6 +35,19 @@ def take_step(
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is the first step of SGD with momentum. Its fused kernel is then given buffers of
+    uninitialised memory to fill, which a step that it skips itself would leave in the state as they are."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return False
+    for group in optimizer.param_groups:
+        first = next((p for p in group["params"] if p.grad is not None), None)
+        filled = first is None or optimizer.state.get(first, {}).get("momentum_buffer") is not None
+        if group["momentum"] and not filled:
+            return True
+    return False
 
 
 def require_covered(optimizers: Sequence[torch.optim.Optimizer], tensors: Sequence[Tensor]) -> None:

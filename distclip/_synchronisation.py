@@ -48,12 +48,11 @@ class Synchronisation:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._wrappers = wrappers(modules)
+        self._groups = [g for m in self._wrappers if is_fsdp2(m) for g in _fsdp2_groups(m)]
         # One parameter that trains tells for its whole FSDP2 group.
         self._witnesses: list[Any] = [
             next((p for p in group.fsdp_params if p.sharded_param.requires_grad), None)
-            for module in self._wrappers
-            if is_fsdp2(module)
-            for group in _fsdp2_groups(module)
+            for group in self._groups
         ]
 
     @contextlib.contextmanager
@@ -87,8 +86,12 @@ class Synchronisation:
             return "DDP"
         if any(p is not None and _holds_unsharded_gradient(p) for p in self._witnesses):
             return "FSDP2"
+        if any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
+            return "FSDP2"  # hybrid sharding, after set_requires_all_reduce(False)
         if any(t.grad is not None and t.grad.shape != t.shape for t in tensors):
             return "FSDP1"
+        if any(is_fsdp1(m) and not m._sync_gradients for m in self._wrappers):
+            return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
 
 
@@ -96,8 +99,11 @@ def _fsdp2_groups(module: nn.Module) -> Iterator[Any]:
     for child in module.modules():
         if is_fsdp2(child):
             state: Any = child._get_fsdp_state
-            if (group := state()._fsdp_param_group) is not None:
-                yield group
+            found = state()
+            if hasattr(found, "_fsdp_param_groups"):
+                yield from found._fsdp_param_groups
+            elif found._fsdp_param_group is not None:  # torch < 2.13
+                yield found._fsdp_param_group
 
 
 def _holds_unsharded_gradient(parameter: Any) -> bool:

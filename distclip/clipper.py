@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip._accumulation import MicroBatch, Window
 from distclip._apply import OnNonfinite, Outcome, change, require_policy, resolve
 from distclip._description import Description, describe
+from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
 from distclip._loss_scale import LossScale, reciprocal
 from distclip._meter import Meter, regroup
@@ -28,6 +29,7 @@ from distclip._report import ClipReport
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
+from distclip.errors import NonFiniteError
 from distclip.strategies._base import Strategy
 
 
@@ -45,8 +47,9 @@ class Clipper:
             the default group.
         on_nonfinite: what to do when the total norm is NaN or infinite, decided alike on every rank:
             ``"skip"`` leaves the gradients as they are and sets ``report.skipped``; ``"raise"`` raises
-            :class:`NonFiniteError` on every rank; ``"zero"`` sets every gradient to zero; ``"propagate"``
-            applies the decision all the same, as torch does.
+            :class:`NonFiniteError`, which names the parameters, on every rank; ``"zero"`` sets every
+            gradient to zero; ``"propagate"`` applies the decision all the same, as torch does (whose
+            GradScaler, given to :meth:`step`, skips the step all the same).
         apply: ``"inplace"`` changes the gradients; ``"deferred"`` leaves that to :meth:`step`'s optimizer,
             which takes the coefficient (and the loss scale) along in its own pass. For fused Adam, AdamW,
             SGD and Adagrad, and strategies with one coefficient for all.
@@ -54,6 +57,9 @@ class Clipper:
             parameters are always joined in float64; norms come out as float32.)
 
     The plan is made at the first clip, by every rank in scope together.
+
+    Attributes:
+        steps: calls of :meth:`step` so far, those that skipped included; saved in ``state_dict()``.
 
     Raises:
         ValueError, TypeError: an argument cannot be meant.
@@ -89,6 +95,7 @@ class Clipper:
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
         self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
         self._process_group, self._stages = process_group, stages
+        self.steps = 0
         self._deferred = apply == "deferred"
         self._accumulate = accumulate
         self._window = Window()
@@ -135,7 +142,7 @@ class Clipper:
             raise ValueError(
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
-        gradients, outcome = self._decide(None, param_norms=param_norms)
+        gradients, outcome = self._decide(None, self.on_nonfinite, param_norms=param_norms)
         change(outcome, gradients, self._slots)
         self._window.close()
         return outcome.report
@@ -174,10 +181,14 @@ class Clipper:
             >>> optimizer.zero_grad()
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        _ = self.plan
+        self._window.require_complete()
+        plan = self.plan
         self._require_suitable(optimizers)
-        loss_scale = LossScale.of(scaler, optimizers)
-        gradients, outcome = self._decide(loss_scale.inverse, param_norms=param_norms)
+        loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
+        policy = self.on_nonfinite
+        if policy == "propagate" and loss_scale.scaler is not None:
+            policy = "skip"
+        gradients, outcome = self._decide(loss_scale.inverse, policy, param_norms=param_norms)
         grad_scale = None
         if self._deferred:
             grad_scale = _grad_scale(outcome)
@@ -186,6 +197,7 @@ class Clipper:
         for each in optimizers:
             take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
         loss_scale.finish(outcome.report.nonfinite)
+        self.steps += 1
         self._window.close()
         return outcome.report
 
@@ -220,10 +232,12 @@ class Clipper:
                 stack.enter_context(self._synchronisation.off())
             yield MicroBatch(self._window)
 
-    def _decide(self, inverse_scale: Tensor | None, *, param_norms: bool) -> tuple[Gradients, Outcome]:
+    def _decide(
+        self, inverse_scale: Tensor | None, policy: OnNonfinite, *, param_norms: bool
+    ) -> tuple[Gradients, Outcome]:
         """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
+        self.require_synchronised()
         plan = self.plan
-        self._require_synchronised(plan)
         gradients = collect(plan, self.tensors)
         fine = param_norms or self.strategy.per_parameter
         sums = self._meter(plan, fine).power_sums(gradients)
@@ -236,7 +250,10 @@ class Clipper:
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
-        outcome = resolve(self.strategy.decide(norms), norms, self.on_nonfinite, factor)
+        try:
+            outcome = resolve(self.strategy.decide(norms), norms, policy, factor)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, self.tensors))}") from None
         if by_parameter is not None:
             report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
             outcome = replace(outcome, report=report)
@@ -254,13 +271,13 @@ class Clipper:
             return None if missing == 1 else torch.tensor(missing, dtype=torch.float32, device=device)
         return inverse_scale.to(device) * missing
 
-    def _require_synchronised(self, plan: Plan) -> None:
-        if not self._window.last:
-            raise ValueError(
-                f"micro-batch {self._window.position} of {self._window.steps}: gradients are not "
-                "synchronised before the last one. Clip where `micro.complete` is true, or pass last=True "
-                "to accumulate()."
-            )
+    def require_synchronised(self) -> None:
+        """
+        Raises:
+            ValueError, OwnershipError: on every rank: the gradients there are now are only this rank's own.
+        """
+        self._window.require_complete()
+        plan = self.plan
         culprit = self._synchronisation.was_off(self._managed)
         if culprit == "DDP":
             require_equal_gradients(plan, self.tensors)
@@ -314,6 +331,26 @@ class Clipper:
         collect(plan, self.tensors)  # sums what is partial
         return verify_counting(plan, self.tensors)
 
+    def find_nonfinite(self) -> dict[str, tuple[int, ...]]:
+        """Which gradients are not finite now, and where: the ranks that hold NaN or infinite elements, by
+        the name of the parameter.
+
+        For debugging: it reads every gradient, waits for the device and gathers from all ranks. Every rank
+        in scope calls this, or none, say where ``report.nonfinite`` is true (which it is on all alike). A
+        gradient that has been summed over ranks is bad on all of them, whichever it came from; an element
+        of a sharded one where it lives.
+
+        Returns:
+            The same on every rank, in the order of :meth:`describe`; empty where all are finite.
+
+        Example:
+            >>> report = clipper.step(optimizer)
+            >>> if report.nonfinite:  # waits for the device
+            ...     print(clipper.find_nonfinite())
+            {'layers.3.weight': (2,)}
+        """
+        return nonfinite_ranks(self.plan, self.tensors)
+
     def _meter(self, plan: Plan, fine: bool) -> Meter:
         if fine not in self._meters:
             slots = per_parameter(plan) if fine else self._slots
@@ -321,15 +358,21 @@ class Clipper:
         return self._meters[fine]
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved to continue the same sequence: the strategy's state, and where the window
-        of micro-batches stands. The same on every rank, small, and independent of the number of ranks."""
-        return {"strategy": self.strategy.state_dict(), "micro_batches": self._window.position}
+        """What has to be saved to continue the same sequence: the strategy's state, the number of steps, and
+        where the window of micro-batches stands. The same on every rank, small, and independent of the number
+        of ranks."""
+        return {
+            "strategy": self.strategy.state_dict(),
+            "micro_batches": self._window.position,
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on any number of ranks."""
         self.strategy.load_state_dict(state["strategy"])
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
+        self.steps = int(state.get("steps", 0))
 
 
 def _grad_scale(outcome: Outcome) -> Tensor:

@@ -22,7 +22,8 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
     clipper's gradients, alike on every rank; DTensor and plain parameters mix. Every rank calls it.
 
     Raises:
-        ValueError: the optimizer has been unscaled already, or holds a parameter that the clipper does not.
+        ValueError: the optimizer has been unscaled already, holds a parameter that the clipper does not, or
+            the gradients are not synchronised yet.
 
     Example:
         >>> scaler.scale(loss).backward()
@@ -31,9 +32,10 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """
+    clipper.require_synchronised()
     plan = clipper.plan
     require_covered([optimizer], clipper.tensors)
-    loss_scale = LossScale.of(scaler, [optimizer])
+    loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
     if loss_scale.scaler is None:
         return
     if loss_scale.inverse is None:

@@ -117,6 +117,6 @@ def test_who_talks_to_other_ranks() -> None:
     every_step, planning, on_request = (
         {"_reduction"},
         {"_ownership", "_scope"},
-        {"_description", "_verification"},
+        {"_description", "_diagnosis", "_verification"},
     )
     assert talking - on_request == every_step | planning
