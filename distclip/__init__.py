@@ -14,6 +14,8 @@ from distclip.errors import DistclipError, NonFiniteError, OwnershipError
 from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
 from distclip.ownership import declare
 from distclip.strategies import (
+    AGC,
+    SPAM,
     AdaGC,
     Chain,
     Cosine,
@@ -32,6 +34,7 @@ from distclip.training.unscaling import unscale_
 __version__ = _version("distclip")
 
 __all__ = [
+    "AGC",
     "AdaGC",
     "Chain",
     "Clamp",
@@ -47,6 +50,7 @@ __all__ = [
     "PerGroup",
     "PerParameter",
     "Percentile",
+    "SPAM",
     "Scale",
     "SkipSpikes",
     "Strategy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -15,6 +16,7 @@ from distclip._gradients import Gradients
 from distclip._norms import Norms, combine
 from distclip._report import ClipReport
 from distclip._slots import Slots
+from distclip._units import Units
 from distclip.errors import NonFiniteError
 
 OnNonfinite: TypeAlias = Literal["skip", "raise", "zero", "propagate"]
@@ -32,7 +34,7 @@ class Outcome:
 
     Attributes:
         coefficient: [] or [num_slots] float32 to multiply by, or None for no multiplication.
-        bound: [] float32 to clamp to, after that, or None.
+        bound: [] float32 to clamp to, after that, or None; in units of ``bound_unit``, if that is given.
         factor: [] float32 to multiply by beside, 1 / loss scale say, 1 where gradients are left alone.
         zero: [] bool, where to set every gradient to zero instead, or None.
         may_skip: whether ``report.skipped`` can be true at all.
@@ -41,6 +43,7 @@ class Outcome:
     report: ClipReport
     coefficient: Tensor | None
     bound: Tensor | None
+    bound_unit: Callable[[Tensor], Tensor | None] | None
     factor: Tensor | None
     zero: Tensor | None
     may_skip: bool
@@ -83,7 +86,10 @@ def resolve(
         norm_after = torch.where(clipped, _scaled_norm(norms, coefficient), norms.total)
     if clamp is not None:
         bound = torch.where(left_alone, math.inf, clamp.bound)
-        if math.isinf(norms.norm_type):
+        if clamp.clipped_norm is not None:
+            clipped = clipped | ((clamp.clipped_norm < norm_after) & ~left_alone)
+            norm_after = torch.where(left_alone, norm_after, clamp.clipped_norm)
+        elif math.isinf(norms.norm_type) and clamp.unit is None:
             clipped = clipped | (norm_after > bound)
             norm_after = torch.minimum(norm_after, bound)
         else:  # another norm does not tell whether any element is too large, nor what is left
@@ -103,11 +109,13 @@ def resolve(
         nonfinite=nonfinite,
         skipped=skipped,
         norm_type=norms.norm_type,
+        direction=None if clamp is None else clamp.direction,
     )
     return Outcome(
         report,
         coefficient,
         bound,
+        None if clamp is None else clamp.unit,
         None if factor is None else torch.where(left_alone, 1.0, factor),
         nonfinite if on_nonfinite == "zero" else None,
         on_nonfinite == "skip" or decision.skip is not None,
@@ -127,7 +135,7 @@ def _scaled_norm(norms: Norms, coefficient: Tensor) -> Tensor:
     return combine(norms.slots * coefficient, norms.norm_type)
 
 
-def change(outcome: Outcome, gradients: Gradients, slots: Slots) -> None:
+def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None:
     """Do to the gradients what has been resolved; where that is nothing, no bit of them changes."""
     coefficient, factor, bound = outcome.coefficient, outcome.factor, outcome.bound
     changed = outcome.report.clipped
@@ -142,10 +150,14 @@ def change(outcome: Outcome, gradients: Gradients, slots: Slots) -> None:
             if coefficient is not None and coefficient.dim() == 0:
                 kernels.scale_(bucket.tensors, coefficient.to(device))
             elif coefficient is not None:
-                owners = torch.tensor([slots.of[i] for i in bucket.parameters], device=coefficient.device)
-                kernels.scale_each_(bucket.tensors, coefficient[owners].to(device))
-            if bound is not None:
+                slots.scale_(bucket, coefficient)
+            if bound is not None and outcome.bound_unit is None:
                 kernels.clamp_(bucket.tensors, bound.to(device))
+            elif bound is not None and outcome.bound_unit is not None:
+                for tensor, i in zip(bucket.tensors, bucket.parameters, strict=True):
+                    unit = outcome.bound_unit(gradients.parameters[i])
+                    if unit is not None:
+                        kernels.clamp_each_(tensor, bound.to(device), unit)
         gradients.commit()
     if outcome.zero is not None:
         _zero_where(outcome.zero, gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,10 +31,17 @@ class Clamp:
     Attributes:
         bound: [] float32.
         skip: [] bool, true where this optimizer step should not be taken at all.
+        clipped_norm: [] float32, the norm that is left, where the strategy knows it.
+        direction: [] float32, the cosine between the gradient before and after, likewise.
+        unit: what ``bound`` is measured in: from a parameter to a tensor like its local gradient, or None to
+            leave that gradient alone. Elements whose unit is 0 are left alone too.
     """
 
     bound: Tensor
     skip: Tensor | None = None
+    clipped_norm: Tensor | None = None
+    direction: Tensor | None = None
+    unit: Callable[[Tensor], Tensor | None] | None = None
 
     @property
     def threshold(self) -> Tensor:

@@ -6,13 +6,15 @@ themselves; the handles of the module can.
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distclip._placement import MANAGED, Axis, Declaration, Home
+from distclip._placement import MANAGED, Axis, Declaration, Home, Stretch
 
 
 def annotate_fsdp1(module: nn.Module) -> None:
@@ -34,13 +36,40 @@ def _annotate(fsdp: Any) -> None:
     home = _home(axis, getattr(fsdp, "_inter_node_pg", None))
     shards = (axis,) if sharded and axis.size > 1 else ()
 
-    def write(parameter: Tensor, shape: tuple[int, ...]) -> None:
-        setattr(parameter, MANAGED, Declaration(label, shards, home, shape=shape))
+    def write(parameter: Tensor, shape: tuple[int, ...], units: int, stretches: tuple[Stretch, ...]) -> None:
+        setattr(
+            parameter,
+            MANAGED,
+            Declaration(label, shards, home, shape=shape, units=units, stretches=stretches),
+        )
 
-    write(flat, tuple(flat._unpadded_unsharded_size))
+    pieces, unit = [], 0
+    for i, shape in enumerate(flat._shapes):
+        units = shape[0] if len(shape) > 1 else 1
+        pieces.append((unit, units, _stretch(handle, i, tuple(shape), sharded)))
+        unit += units
+    whole = tuple(replace(s, unit=first + s.unit) for first, _, s in pieces if s is not None)
+    write(flat, tuple(flat._unpadded_unsharded_size), unit, whole)
     if handle._use_orig_params:
-        for parameter, shape in zip(flat._params, flat._shapes, strict=True):
-            write(parameter, tuple(shape))
+        for parameter, shape, (_, units, piece) in zip(flat._params, flat._shapes, pieces, strict=True):
+            # A parameter of its own begins where it begins; unsharded it even has its shape.
+            own = () if piece is None else (replace(piece, start=0),)
+            write(parameter, tuple(shape), units, own)
+
+
+def _stretch(handle: Any, i: int, shape: tuple[int, ...], sharded: bool) -> Stretch | None:
+    """What this rank holds of the i-th parameter of a flat one, None for nothing."""
+    row = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    if sharded:
+        info = handle.flat_param._shard_param_infos[i]
+        if not info.in_shard:
+            return None
+        start, count, begin = info.offset_in_shard, info.numel_in_shard, info.intra_param_start_idx
+    else:
+        start, count, begin = sum(handle.flat_param._numels_with_padding[:i]), math.prod(shape), 0
+        if handle._use_orig_params:
+            start = 0
+    return Stretch((row,), begin // row, begin % row, start, count) if row else None
 
 
 def _home(shard: Axis, across: dist.ProcessGroup | None) -> Home | None:

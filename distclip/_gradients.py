@@ -27,11 +27,13 @@ class Gradients:
     """What this rank holds of the gradient, each element once.
 
     Attributes:
+        parameters: the plan's.
         buckets: strided, non-empty tensors that can be changed in place.
         rebuilt: gradients that could not be (sparse, expanded, lazily conjugated or negated, still in
             flight): their stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
     """
 
+    parameters: list[Tensor]
     buckets: list[Bucket]
     rebuilt: list[tuple[Tensor, Tensor]]  # (parameter, new .grad)
 
@@ -74,7 +76,7 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
             bucket.parameters.append(i)
         if replacement is not None:
             rebuilt.append((parameter, replacement))
-    return Gradients(list(buckets.values()), rebuilt)
+    return Gradients(parameters, list(buckets.values()), rebuilt)
 
 
 def _unsettled(plan: Plan, parameters: Sequence[Tensor]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,28 +23,48 @@ class Meter:
 
     Args:
         accumulate: dtype of the local sums of squares, float32 or float64.
+        extra: further sums over the elements of one gradient that are wanted, and how many.
     """
 
-    def __init__(self, plan: Plan, slots: Slots, norm_type: float, accumulate: torch.dtype) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        slots: Slots,
+        norm_type: float,
+        accumulate: torch.dtype,
+        extra: tuple[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        self._extra = extra
         self.plan, self.slots = plan, slots
         self._norm_type, self._accumulate = norm_type, accumulate
         # By the parameters in a bucket: their slots and 1 / multiplicity, on the bucket's device.
         self._columns: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, gradients: Gradients) -> Norms:
-        return self.norms(self.power_sums(gradients))
+    def __call__(self, gradients: Gradients, factor: Tensor | None = None) -> Norms:
+        sums, extra = self.power_sums(gradients, factor)
+        return self.norms(sums, extra)
 
-    def power_sums(self, gradients: Gradients) -> Tensor:
-        """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞."""
+    def power_sums(self, gradients: Gradients, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and the extra
+        sums, [num_extra] float64, of the gradients times ``factor``."""
         plan, p = self.plan, self._norm_type
         message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
         for bucket in gradients.buckets:
             contribution = self._contribution(bucket).to(plan.device)
             message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
-        return reduce_message(message, p, plan.group)
+        if self._extra is None:
+            return reduce_message(message, p, plan.group), None
+        count, elementwise = self._extra
+        extra = torch.zeros(count, dtype=torch.float64, device=plan.device)
+        for bucket in gradients.buckets:
+            for gradient, i in zip(bucket.tensors, bucket.parameters, strict=True):
+                unscaled = gradient if factor is None else gradient * factor.to(gradient.device)
+                extra += elementwise(unscaled).to(plan.device) / plan.multiplicities[i]
+        message = reduce_message(torch.cat([message, extra]), p, plan.group)
+        return message[: self.slots.size], message[self.slots.size :]
 
-    def norms(self, power_sums: Tensor) -> Norms:
-        return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels)
+    def norms(self, power_sums: Tensor, extra: Tensor | None = None) -> Norms:
+        return replace(Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels), extra=extra)
 
     def _contribution(self, bucket: Bucket) -> Tensor:
         """[num_slots] float64: what one bucket adds; each element counts 1 / multiplicity."""

@@ -31,12 +31,16 @@ class Norms:
         slots: [num_slots] float32, the norm of each slot (of each parameter where the strategy's
             ``per_parameter`` is true, else of each of its ``groups``).
         norm_type: p of the norms.
+        weights: [num_slots] float32, the norms of the parameters themselves, for a ``per_unit`` strategy.
+        extra: [num_extra] float64, the sums of what a strategy's ``elementwise`` returned.
     """
 
     total: Tensor
     slots: Tensor
     norm_type: float = 2.0
-    labels: tuple[str, ...] = field(default=("total",), repr=False)  # [num_slots]
+    labels: tuple[str, ...] = field(default=("total",), repr=False)  # [num_slots], not of units
+    weights: Tensor | None = None
+    extra: Tensor | None = None
 
     def times(self, factor: Tensor) -> Norms:
         """The norms of the gradient multiplied by a factor ≥ 0, [] float32."""

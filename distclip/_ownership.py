@@ -52,7 +52,7 @@ class Agreement:
 
     Attributes:
         names: of all parameters of all stages, in order of stages; tied copies have one, the first.
-        optimizer_groups: of the same.
+        optimizer_groups, units: of the same.
         rows: where this rank's own parameters stand among them.            # [num_parameters]
         copies: by parameter index, the number of stages that hold a tied copy, where more than one.
         partial: by parameter index, the DTensor gradients that have ``Partial`` placements on any rank,
@@ -63,6 +63,7 @@ class Agreement:
 
     names: tuple[str, ...]
     optimizer_groups: tuple[int, ...]
+    units: tuple[int, ...]
     rows: tuple[int, ...]
     copies: dict[int, int] = field(default_factory=dict)
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -87,14 +88,15 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     asks = unproven or replicated or scope.stages or not parameters
     if scope.size == 1 or not asks:
         groups = tuple(p.optimizer_group for p in parameters)
-        return Agreement(names, groups, tuple(range(len(names))), sharded=sharded)
+        units = tuple(p.info.units for p in parameters)
+        return Agreement(names, groups, units, tuple(range(len(names))), sharded=sharded)
 
     group = scope.group()
     device = message_device(group, [p.tensor for p in parameters])
     counts, sharded = _agree_on_counts(len(parameters), sharded, scope, group, device)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
-        return Agreement((), (), ())
+        return Agreement((), (), (), ())
 
     words = torch.cat(
         [
@@ -105,15 +107,15 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
         dim=1,
     )
     _join_shards(words, placements, unproven)
-    codes = [[_partial_code(p.tensor), p.optimizer_group] for p in parameters]
-    extra = torch.tensor(codes, dtype=torch.float64, device=device).view(-1, 2)
+    codes = [[_partial_code(p.tensor), p.optimizer_group, p.info.units] for p in parameters]
+    extra = torch.tensor(codes, dtype=torch.float64, device=device).view(-1, 3)
     # Each stage fills its own rows. NaN, no evidence, loses against any.
     rows = slice(offset, offset + len(parameters))
-    message = torch.full((2 * words.size(1) + 2, total), -math.inf, dtype=torch.float64, device=device)
+    message = torch.full((2 * words.size(1) + 3, total), -math.inf, dtype=torch.float64, device=device)
     message[:, rows] = torch.cat([words, -words, extra], dim=1).T.nan_to_num(nan=-math.inf)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 2], dim=1)
-    code, optimizer_group = extra.unbind(dim=1)
+    high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 3], dim=1)
+    code, group_of, units_of = extra.unbind(dim=1)
 
     fault = _first_fault(high, high + low) or _tie_fault(high)
     names = names if scope.stages is None else _all_names(names, offset, total, group, device)
@@ -128,7 +130,8 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     copies = high[rows, 2].long() % _MOST_TIED
     return Agreement(
         tuple(names[row] for row in kept),
-        tuple(int(optimizer_group[row]) for row in kept),
+        tuple(int(group_of[row]) for row in kept),
+        tuple(int(units_of[row]) for row in kept),
         tuple(kept[originals[row]] for row in range(offset, offset + len(parameters))),
         {i: count for i, count in enumerate(copies.tolist()) if count > 1},
         {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip._fsdp1 import annotate_fsdp1
-from distclip._placement import whole_shape
+from distclip._placement import whole_shape, whole_units
 
 Parameters: TypeAlias = (
     nn.Module | torch.optim.Optimizer | Tensor | Iterable[Tensor | tuple[str, Tensor] | nn.Module]
@@ -21,11 +21,13 @@ iterable of Tensors or of ``(name, Tensor)``."""
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a strategy may know of a parameter: its name, its whole shape, its optimizer group (0 without)."""
+    """What a strategy may know of a parameter: its name, its whole shape, its optimizer group (0 without),
+    and how many rows it has (1 where it has one dim or none)."""
 
     name: str
     shape: torch.Size
     optimizer_group: int = 0
+    units: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class NamedParameter:
 
     @property
     def info(self) -> ParameterInfo:
-        return ParameterInfo(self.name, torch.Size(whole_shape(self.tensor)), self.optimizer_group)
+        shape = torch.Size(whole_shape(self.tensor))
+        return ParameterInfo(self.name, shape, self.optimizer_group, whole_units(self.tensor))
 
 
 def freeze_source(parameters: Parameters, *, may_be_empty: bool = False) -> Parameters:

@@ -8,6 +8,7 @@ over, each element is held by ``R / Π|shard axis|`` ranks (its multiplicity).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,47 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A part of a parameter that this rank holds, seen as rows of the whole.
+
+    Attributes:
+        row: shape of one row of the whole parameter, of which the flat stretch holds consecutive elements;
+            () if the local tensor has whole or partial rows in its own dim 0; None if it is all one unit.
+        unit: the first row held (of this parameter).
+        skip: elements of that row which are held elsewhere.             # flat stretches only
+        start, count: where the stretch lies in the local tensor.        # flat stretches only
+    """
+
+    row: tuple[int, ...] | None
+    unit: int
+    skip: int = 0
+    start: int = 0
+    count: int = 0
+
+    def rows(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """First unit, number of units, and views of the tensors with the units as dim 0 (and another)."""
+        if self.row is None:
+            yield self.unit, 1, [t.reshape(1, -1) for t in tensors]
+        elif self.row == ():
+            yield self.unit, tensors[0].size(0), list(tensors)
+        else:
+            flat = [t.reshape(-1)[self.start : self.start + self.count] for t in tensors]
+            length = math.prod(self.row)
+            head = min((length - self.skip) % length, self.count)
+            whole = (self.count - head) // length
+            unit = self.unit
+            for begin, units, size in (
+                (0, 1, head),
+                (head, whole, whole * length),
+                (head + whole * length, 1, -1),
+            ):
+                end = self.count if size < 0 else begin + size
+                if end > begin:
+                    yield unit, units, [f[begin:end].view(units, -1) for f in flat]
+                    unit += units
+
+
+@dataclass(frozen=True)
 class Declaration:
     """What is known of a plain tensor beside the tensor: by declaration, or by who manages it (FSDP1)."""
 
@@ -123,6 +165,8 @@ class Declaration:
     tied: Axis | None = None
     local: bool = False
     shape: tuple[int, ...] | None = None  # of the whole parameter, where the tensor's own tells less
+    units: int | None = None  # rows of the whole, likewise (a flat parameter has those of several)
+    stretches: tuple[Stretch, ...] | None = None
 
 
 # Attributes of a tensor that hold a Declaration.
@@ -199,6 +243,14 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter, as far as it is known on this rank."""
     managed = getattr(parameter, MANAGED, None)
     return tuple(parameter.shape) if managed is None or managed.shape is None else managed.shape
+
+
+def whole_units(parameter: Tensor) -> int:
+    """Rows of dim 0 of the whole parameter; 1 where it has one dim or none."""
+    managed = getattr(parameter, MANAGED, None)
+    if managed is not None and managed.units is not None:
+        return int(managed.units)
+    return parameter.shape[0] if parameter.dim() > 1 else 1
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

@@ -101,8 +101,8 @@ def build_plan(
         scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group, stages)
     agreed = agree(parameters, placements, scope)
     every = [
-        ParameterInfo(name, torch.Size(), group)
-        for name, group in zip(agreed.names, agreed.optimizer_groups, strict=True)
+        ParameterInfo(name, torch.Size(), group, units)
+        for name, group, units in zip(agreed.names, agreed.optimizer_groups, agreed.units, strict=True)
     ]
     for row, p in zip(agreed.rows, parameters, strict=True):
         every[row] = replace(p.info, name=every[row].name)

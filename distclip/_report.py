@@ -22,6 +22,7 @@ class ClipReport:
         nonfinite: bool, whether the total norm was NaN or infinite.
         skipped: bool, whether the optimizer step should be left out. Gradients of a skipped step are
             left as they were.
+        direction: float32, the cosine between the gradient before and after, where the strategy measures it.
         norm_type: p of the norms (∞ for value clipping).
 
     ``print(report)`` and :meth:`to_dict` read the values, which waits for the device once.
@@ -35,6 +36,7 @@ class ClipReport:
     nonfinite: Tensor
     skipped: Tensor
     norm_type: float = 2.0
+    direction: Tensor | None = None
     _parameter_norms: Tensor | None = field(default=None, repr=False)  # [num_parameters] float32
     _parameter_names: tuple[str, ...] = field(default=(), repr=False)  # [num_parameters]
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from distclip import _kernels as kernels
+from distclip._gradients import Bucket
 from distclip._plan import Plan
 from distclip.strategies._base import Strategy
 
@@ -18,6 +23,11 @@ class Slots:
     @property
     def size(self) -> int:
         return len(self.labels)
+
+    def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
+        """Multiply each gradient by the coefficient of its slot, [num_slots] float32."""
+        owners = torch.tensor([self.of[i] for i in bucket.parameters], device=coefficient.device)
+        kernels.scale_each_(bucket.tensors, coefficient[owners].to(bucket.tensors[0].device))
 
 
 def slots_of(strategy: Strategy, plan: Plan) -> Slots:

@@ -28,6 +28,7 @@ from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._synchronisation import Synchronisation
+from distclip._units import Units
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
 from distclip.strategies._base import Strategy
@@ -105,7 +106,7 @@ class Clipper:
         self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
         self._meters: dict[bool, Meter] = {}  # by whether it measures every parameter
-        self._slots = Slots((), ())
+        self._slots: Slots | Units = Slots((), ())
 
     @property
     def plan(self) -> Plan:
@@ -117,7 +118,10 @@ class Clipper:
             named = named_parameters(self._source)
             self.tensors = [p.tensor for p in named]
             self._plan = build_plan(named, self._process_group, self._stages)
-            self._slots = slots_of(self.strategy, self._plan)
+            if self.strategy.per_unit:
+                self._slots = Units.of(self._plan, self.tensors)
+            else:
+                self._slots = slots_of(self.strategy, self._plan)
             self._meters.clear()
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
@@ -239,14 +243,8 @@ class Clipper:
         self.require_synchronised()
         plan = self.plan
         gradients = collect(plan, self.tensors)
-        fine = param_norms or self.strategy.per_parameter
-        sums = self._meter(plan, fine).power_sums(gradients)
-        factor = self._factor(inverse_scale, sums.device)
-        by_parameter = self._meter(plan, fine).norms(sums) if fine else None
-        if fine and not self.strategy.per_parameter:
-            slot = torch.tensor(groups_of_every(self.strategy, plan), device=sums.device)
-            sums = regroup(sums, slot, self._slots.size, self.strategy.norm_type)
-        norms = self._meter(plan, self.strategy.per_parameter).norms(sums)
+        factor = self._factor(inverse_scale, plan.device)
+        norms, by_parameter = self._measure(plan, gradients, param_norms, factor)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
@@ -259,9 +257,35 @@ class Clipper:
             outcome = replace(outcome, report=report)
         return gradients, outcome
 
+    def _measure(
+        self, plan: Plan, gradients: Gradients, param_norms: bool, factor: Tensor | None
+    ) -> tuple[Norms, Norms | None]:
+        """The norms that the strategy wants, and those of the parameters where they are measured as well.
+
+        Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
+        """
+        p, slots = self.strategy.norm_type, self._slots
+        if isinstance(slots, Units):
+            sums, weights = slots.power_sums(plan, gradients, self.tensors)
+            norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
+            row = torch.arange(len(plan.every), device=sums.device)
+            units = torch.tensor([info.units for info in plan.every], device=sums.device)
+            if not param_norms:
+                return norms, None
+            of_parameters = regroup(sums, row.repeat_interleave(units), len(plan.every), p)
+            return norms, Norms.from_power_sums(of_parameters, p, plan.names)
+        fine = param_norms or self.strategy.per_parameter
+        meter = self._meter(plan, fine)
+        sums, extra = meter.power_sums(gradients, factor)
+        by_parameter = meter.norms(sums) if fine else None
+        if fine and not self.strategy.per_parameter:
+            slot = torch.tensor(groups_of_every(self.strategy, plan), device=sums.device)
+            sums = regroup(sums, slot, slots.size, p)
+        return replace(Norms.from_power_sums(sums, p, slots.labels), extra=extra), by_parameter
+
     def measure(self, gradients: Gradients) -> Norms:
         """The norms of gradients that have been collected for this clipper, as its strategy gets them."""
-        return self._meter(self.plan, self.strategy.per_parameter)(gradients)
+        return self._measure(self.plan, gradients, False, None)[0]
 
     def _factor(self, inverse_scale: Tensor | None, device: torch.device) -> Tensor | None:
         """What the gradients have yet to be multiplied by: 1 / loss scale, and what an incomplete window
@@ -354,7 +378,9 @@ class Clipper:
     def _meter(self, plan: Plan, fine: bool) -> Meter:
         if fine not in self._meters:
             slots = per_parameter(plan) if fine else self._slots
-            self._meters[fine] = Meter(plan, slots, self.strategy.norm_type, self._accumulate)
+            assert isinstance(slots, Slots)
+            extra = (self.strategy.num_extra, self.strategy.elementwise) if self.strategy.num_extra else None
+            self._meters[fine] = Meter(plan, slots, self.strategy.norm_type, self._accumulate, extra)
         return self._meters[fine]
 
     def state_dict(self) -> dict[str, Any]:

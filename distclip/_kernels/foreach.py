@@ -97,6 +97,13 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
         t.clamp_(low.to(t.dtype), high.to(t.dtype))
 
 
+def clamp_each_(tensor: Tensor, bound: Tensor, unit: Tensor) -> None:
+    """Clamp every element to ``bound`` times its own ``unit`` ≥ 0, in float32; where that is 0, leave it."""
+    limit = torch.where(torch.isinf(bound), bound, bound * unit.float())
+    large = (limit > 0) & (tensor.abs() > limit)
+    tensor.copy_(torch.where(large, (torch.sgn(tensor) * limit).to(tensor.dtype), tensor))
+
+
 def fill_where_(tensors: Sequence[Tensor], value: float, condition: Tensor) -> None:
     """Fill every tensor with ``value`` where the 0-dim bool ``condition`` is true, else leave it."""
     for t in tensors:

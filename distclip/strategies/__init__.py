@@ -2,6 +2,7 @@
 
 from distclip.strategies._base import Strategy
 from distclip.strategies.adagc import AdaGC
+from distclip.strategies.agc import AGC
 from distclip.strategies.chain import Chain
 from distclip.strategies.global_norm import GlobalNorm
 from distclip.strategies.per_group import PerGroup
@@ -9,10 +10,13 @@ from distclip.strategies.per_parameter import PerParameter
 from distclip.strategies.percentile import Percentile
 from distclip.strategies.schedules import Cosine, Warmup
 from distclip.strategies.skip_spikes import SkipSpikes
+from distclip.strategies.spam import SPAM
 from distclip.strategies.value import Value
 from distclip.strategies.zclip import ZClip
 
 __all__ = [
+    "AGC",
+    "SPAM",
     "AdaGC",
     "Chain",
     "Cosine",

@@ -33,6 +33,9 @@ class Strategy(nn.Module):
     Attributes:
         norm_type: p of the norms it wants: 0.5, 1, 2, 3 or ∞.
         per_parameter: true to get one norm for every parameter in ``norms.slots``.
+        per_unit: true to get one norm for every unit (row of dim 0, or whole parameter of one dim) in
+            ``norms.slots``, and the norms of the parameters' own units in ``norms.weights``. p is 2.
+        num_extra: how many sums :meth:`elementwise` returns.
         groups: otherwise, the labels of the slots; :meth:`group_of` assigns parameters to them.
 
     Example:
@@ -45,6 +48,8 @@ class Strategy(nn.Module):
 
     norm_type: float = 2.0
     per_parameter: bool = False
+    per_unit: bool = False
+    num_extra: int = 0
     groups: tuple[str, ...] = ("total",)
 
     def group_of(self, parameter: ParameterInfo) -> int:
@@ -54,6 +59,14 @@ class Strategy(nn.Module):
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
         """Called with the parameters, in the order of the per-parameter slots, before the first decision
         and again when others begin to train: the place to size state that is kept for each of them."""
+
+    def elementwise(self, gradient: Tensor) -> Tensor:
+        """Sums over the elements of one local gradient that are wanted beside the norm, [num_extra] float64.
+
+        They are added up over all gradients and ranks, each element once, in the step's one collective, and
+        arrive as ``norms.extra``. For p ≠ ∞. ``gradient`` is unscaled, strided, of any dtype; change nothing.
+        """
+        raise NotImplementedError
 
     def forward(self, norms: Norms) -> Decision:
         raise NotImplementedError

@@ -34,6 +34,11 @@ class Threshold(nn.Module):
         if callable(value):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def peek(self, like: Tensor) -> Tensor:
+        """The threshold of this step, 0-dim as ``like``, without taking the step."""
+        value = self.value(self.step.clone()) if callable(self.value) else self.value
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device).clamp(min=0)
+
     def advance(self, like: Tensor) -> tuple[float | Tensor, Tensor]:
         """The threshold of this step, to compute with and, 0-dim as ``like``, to report."""
         if not callable(self.value):

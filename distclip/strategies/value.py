@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from distclip._decision import Clamp, Decision
 from distclip._norms import Norms
 from distclip.strategies._base import Strategy
@@ -23,6 +26,10 @@ class Value(Strategy):
 
     Args:
         clip_value: the bound v, ≥ 0. Or a function of the step, see :mod:`distclip.strategies.schedules`.
+        measure_direction: also measure how far the direction turns: ``report.direction`` is the cosine
+            between the gradient before and after, ``Σ g·c / (‖g‖‖c‖)`` with c the clamped gradient, and the
+            reported norms are 2-norms. Still one collective, with three more numbers; one more pass over the
+            gradients.
 
     Raises:
         ValueError: ``clip_value`` is negative or NaN.
@@ -33,9 +40,11 @@ class Value(Strategy):
 
     norm_type = math.inf
 
-    def __init__(self, clip_value: float | Schedule) -> None:
+    def __init__(self, clip_value: float | Schedule, *, measure_direction: bool = False) -> None:
         super().__init__()
         self.threshold = Threshold("clip_value", clip_value)
+        if measure_direction:
+            self.norm_type, self.num_extra = 2.0, 2
 
     @property
     def clip_value(self) -> float | Schedule:
@@ -43,7 +52,23 @@ class Value(Strategy):
 
     def forward(self, norms: Norms) -> Decision:
         _, bound = self.threshold.advance(norms.total)
-        return Clamp(bound)
+        if norms.extra is None:
+            return Clamp(bound)
+        squares, products = norms.extra.unbind()
+        lengths = norms.total.double() * squares.sqrt()
+        direction = torch.where(lengths > 0, products / lengths, 1.0).clamp(max=1.0)
+        clipped_norm = torch.minimum(squares.sqrt().float(), norms.total)
+        return Clamp(bound, clipped_norm=clipped_norm, direction=direction.float())
+
+    def elementwise(self, gradient: Tensor) -> Tensor:
+        """``Σ c²`` and ``Σ g·c``, with c the clamped gradient."""
+        g = torch.view_as_real(gradient).double() if gradient.is_complex() else gradient.double()
+        magnitude = gradient.abs().double()
+        bound = self.threshold.peek(magnitude)
+        shrink = torch.where(magnitude > bound, bound / magnitude, 1.0)
+        shrink = shrink.unsqueeze(-1) if gradient.is_complex() else shrink
+        clamped = g * shrink
+        return torch.stack([clamped.square().sum(), (g * clamped).sum()])
 
     def extra_repr(self) -> str:
         return f"clip_value={self.clip_value}"

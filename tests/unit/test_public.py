@@ -11,6 +11,7 @@ import torch
 import distclip
 
 PUBLIC = {
+    "AGC",
     "AdaGC",
     "Chain",
     "Clamp",
@@ -27,6 +28,7 @@ PUBLIC = {
     "PerParameter",
     "Percentile",
     "Scale",
+    "SPAM",
     "SkipSpikes",
     "Strategy",
     "Then",
