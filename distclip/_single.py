@@ -1,0 +1,65 @@
+"""One parameter whose gradient is looked at by itself, as backward brings it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distclip import _kernels as kernels
+from distclip._gradients import Gradients, collect
+from distclip._parameters import NamedParameter
+from distclip._placement import MANAGED
+from distclip._plan import build_plan
+from distclip._reduction import reduce_message
+from distclip._scope import message_device
+
+
+class Single:
+    """How one parameter lies over the ranks, for hooks that see it alone. Holds no tensor.
+
+    Making it does not communicate: what a plain tensor does not say of other ranks is not found out.
+
+    Raises:
+        ValueError: its gradient is not complete, or not there, when a hook of the parameter runs.
+    """
+
+    def __init__(self, parameter: NamedParameter) -> None:
+        name = parameter.name
+        if hasattr(parameter.tensor, MANAGED):
+            raise ValueError(
+                f"{name} is managed by FSDP1, which computes the gradient of its flat parameter and runs no "
+                "hook of this one: use distclip.Clipper after backward, or FSDP2 (fully_shard)"
+            )
+        self._plan = build_plan([parameter], alone=True)
+        placement = self._plan.placements[0]
+        if placement.partial or placement.tied:
+            raise ValueError(
+                f"{name} is {placement.label}: its gradient is complete only after a sum that follows "
+                "backward, so a hook cannot clip it. Use distclip.Clipper after backward."
+            )
+        self.name = name
+        self.shards = placement.shards
+
+    def collect(self, parameter: Tensor) -> Gradients:
+        """What this rank holds of ``parameter.grad``. Sums it first where it is a ``Partial`` DTensor."""
+        return collect(self._plan, [parameter])
+
+    def power_sum(self, gradients: Gradients, norm_type: float) -> Tensor:
+        """This rank's ``Σ|g|^p`` (``max|g|`` for p = ∞), [1] float64; 0 for an empty shard."""
+        for bucket in gradients.buckets:  # one at most
+            return kernels.power_sums(bucket.tensors, norm_type, torch.float32)
+        return torch.zeros(1, dtype=torch.float64, device=self._plan.device)
+
+    def norm(self, power_sum: Tensor, norm_type: float) -> Tensor:
+        """The norm of the whole gradient, [] float32, the same on every rank that holds a part of it.
+
+        One all-reduce of one number for each axis that the parameter is sharded over.
+        """
+        whole = power_sum.clone()
+        for axis in self.shards:
+            group = axis.group
+            whole = reduce_message(whole.to(message_device(group, [whole])), norm_type, group)
+        whole = whole.to(power_sum.device)[0]
+        return (whole if math.isinf(norm_type) else whole.pow(1.0 / norm_type)).float()
