@@ -290,8 +290,11 @@ def test_a_group_that_nobody_knows(argument: str, attributes: dict[str, bool]) -
 
 
 def test_replicas_need_no_megatron() -> None:
+    module = marked(tensor_model_parallel=False, allreduce=True, sequence_parallel=True, shared=False)
     with mock.patch.dict(sys.modules, {"megatron.core.parallel_state": None}):
-        annotate(marked(tensor_model_parallel=False, allreduce=True, sequence_parallel=True, shared=False))
+        annotate(module)
+    (row,) = distclip.Clipper(module, distclip.GlobalNorm(1.0)).describe().rows
+    assert row.placement == "declared replicated"
 
 
 def test_no_modules() -> None:
