@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
+from distclip._runs import Collector
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._synchronisation import Synchronisation
 from distclip._units import Units
@@ -106,6 +107,7 @@ class Clipper:
         self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
         self._meters: dict[bool, Meter] = {}  # by whether it measures every parameter
+        self._collectors: dict[bool, Collector] = {}  # likewise
         self._slots: Slots | Units = Slots((), ())
 
     @property
@@ -123,6 +125,7 @@ class Clipper:
             else:
                 self._slots = slots_of(self.strategy, self._plan)
             self._meters.clear()
+            self._collectors.clear()
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
             self.strategy.to(self._plan.device)
@@ -242,7 +245,7 @@ class Clipper:
         """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
         self.require_synchronised()
         plan = self.plan
-        gradients = collect(plan, self.tensors)
+        gradients = self._collector(plan, param_norms)(self.tensors)
         factor = self._factor(inverse_scale, plan.device)
         norms, by_parameter = self._measure(plan, gradients, param_norms, factor)
         if factor is not None:
@@ -374,6 +377,16 @@ class Clipper:
             {'layers.3.weight': (2,)}
         """
         return nonfinite_ranks(self.plan, self.tensors)
+
+    def _collector(self, plan: Plan, fine: bool) -> Collector:
+        if fine not in self._collectors:
+            slots = self._slots
+            single = fine or isinstance(slots, Units) or self.strategy.names_parameters()
+            kinds: Sequence[Hashable] = range(len(plan.parameters))
+            if not single and isinstance(slots, Slots):
+                kinds = list(zip(slots.of, plan.multiplicities, strict=True))
+            self._collectors[fine] = Collector(plan, kinds)
+        return self._collectors[fine]
 
     def _meter(self, plan: Plan, fine: bool) -> Meter:
         if fine not in self._meters:

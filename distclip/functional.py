@@ -20,6 +20,7 @@ from distclip._meter import Meter
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import Axis
 from distclip._plan import build_plan
+from distclip._runs import Collector
 from distclip._slots import Slots
 from distclip.strategies._base import require_bound, require_norm_type
 from distclip.strategies.global_norm import GlobalNorm
@@ -128,6 +129,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 class _Prepared:
     tensors: tuple[weakref.ref[Tensor], ...]
     meter: Meter
+    collect: Collector
 
     def is_for(self, tensors: list[Tensor]) -> bool:
         same = all(ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
@@ -161,12 +163,13 @@ def _prepare(
             if key in _prepared:
                 _prepared[key] = None
 
-        entry = _Prepared(tuple(weakref.ref(t, forget) for t in tensors), meter)
+        collector = Collector(plan, plan.multiplicities)
+        entry = _Prepared(tuple(weakref.ref(t, forget) for t in tensors), meter, collector)
         _prepared[key] = entry
         while len(_prepared) > 1 and sum(map(len, _prepared)) > _MOST_PREPARED:
             _prepared.popitem(last=False)
     _prepared.move_to_end(key)
-    return collect(entry.meter.plan, tensors), entry.meter
+    return entry.collect(tensors), entry.meter
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None, argument: str) -> str | None:

@@ -46,9 +46,14 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
     rest: list[Tensor] = []
     rest_owner: list[int] = []
     for i, tensor in enumerate(tensors):
+        numel = tensor.numel()
+        if numel > _CPU_SMALL and not numel % _CPU_ROW and tensor.is_contiguous():
+            rows.append(tensor.view(-1, _CPU_ROW))
+            row_owner.append(i)
+            continue
         flat = _flat(tensor)
-        if flat.numel() > _CPU_SMALL:
-            whole = flat.numel() - flat.numel() % _CPU_ROW
+        if numel > _CPU_SMALL:
+            whole = numel - numel % _CPU_ROW
             rows.append(flat[:whole].view(-1, _CPU_ROW))
             row_owner.append(i)
             flat = flat[whole:]
@@ -61,8 +66,8 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
         norms = torch.empty(sum(counts), dtype=torch.float32)
         for row, out in zip(rows, torch.split(norms, counts), strict=True):
             torch.linalg.vector_norm(row, 2, 1, dtype=torch.float32, out=out)
-        owner = torch.tensor(row_owner).repeat_interleave(torch.tensor(counts))
-        sums.index_add_(0, owner, norms.double().square_())
+        squares = torch.segment_reduce(norms.double().square_(), "sum", lengths=torch.tensor(counts))
+        sums.index_add_(0, torch.tensor(row_owner), squares)
     if rest:
         squares = torch.stack(torch._foreach_norm(rest, 2, dtype=torch.float32)).double().square_()
         sums.index_add_(0, torch.tensor(rest_owner), squares)
@@ -71,6 +76,8 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     """All elements in one dimension, in memory order: a view where the tensor is dense, else a copy."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     order = sorted(range(tensor.dim()), key=lambda d: tensor.stride(d), reverse=True)
     return tensor.permute(order).contiguous().view(-1)
 

@@ -36,6 +36,7 @@ class Strategy(nn.Module):
         per_unit: true to get one norm for every unit (row of dim 0, or whole parameter of one dim) in
             ``norms.slots``, and the norms of the parameters' own units in ``norms.weights``. p is 2.
         num_extra: how many sums :meth:`elementwise` returns.
+        by_element: true if it decides on a ``Clamp`` with a ``unit``, which is asked parameter by parameter.
         groups: otherwise, the labels of the slots; :meth:`group_of` assigns parameters to them.
 
     Example:
@@ -50,6 +51,7 @@ class Strategy(nn.Module):
     per_parameter: bool = False
     per_unit: bool = False
     num_extra: int = 0
+    by_element: bool = False
     groups: tuple[str, ...] = ("total",)
 
     def group_of(self, parameter: ParameterInfo) -> int:
@@ -59,6 +61,10 @@ class Strategy(nn.Module):
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
         """Called with the parameters, in the order of the per-parameter slots, before the first decision
         and again when others begin to train: the place to size state that is kept for each of them."""
+
+    def names_parameters(self) -> bool:
+        """Whether it, or a strategy inside it, is ``by_element``."""
+        return any(isinstance(m, Strategy) and m.by_element for m in self.modules())
 
     def elementwise(self, gradient: Tensor) -> Tensor:
         """Sums over the elements of one local gradient that are wanted beside the norm, [num_extra] float64.

@@ -40,6 +40,8 @@ class SPAM(Strategy):
         >>> clipper = distclip.Clipper(model, distclip.SPAM(optimizer))
     """
 
+    by_element = True
+
     def __init__(self, optimizer: torch.optim.Optimizer, *, threshold: float = 5000.0) -> None:
         super().__init__()
         if require_bound("threshold", threshold) == 0:
