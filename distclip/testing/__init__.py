@@ -1,0 +1,9 @@
+"""Check that a strategy of your own keeps the laws that make it right on every rank.
+
+>>> from distclip.testing import check_strategy
+>>> check_strategy(lambda: distclip.ZClip(warmup=25))
+"""
+
+from distclip.testing._check import LAWS, LawBroken, check_strategy
+
+__all__ = ["LAWS", "LawBroken", "check_strategy"]

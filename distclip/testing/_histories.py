@@ -1,0 +1,79 @@
+"""Made-up trainings: the norms of usual steps, spikes, and what goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distclip._norms import Norms
+from distclip._parameters import ParameterInfo
+from distclip.strategies._base import Strategy
+
+PARAMETERS = tuple(
+    ParameterInfo(
+        name, torch.Size([4]) if "bias" in name else torch.Size([4, 4]), units=1 if "bias" in name else 4
+    )
+    for name in ("embed.weight", "0.weight", "0.bias", "1.weight", "1.bias", "head.weight")
+)
+_MOSTLY_USUAL = ("usual",) * 9 + ("spike", "one spike")
+_EVERYTHING = ("usual", "usual", "usual", "spike", "one spike", "zero", "tiny", "huge", "nan", "inf")
+_WHOLE = {"usual": 1.0, "spike": 30.0, "zero": 0.0, "tiny": 1e-40, "huge": 1e36}
+_ONE = {"one spike": 1e4, "nan": math.nan, "inf": math.inf}
+
+
+def histories(steps: int, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
+    """Eight of them: a name, and [num_parameters] float64 for each step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(kinds: Sequence[str]) -> list[str]:
+        return [kinds[i] for i in torch.randint(len(kinds), (steps,), generator=generator).tolist()]
+
+    plans = {
+        "usual norms and spikes": drawn(_MOSTLY_USUAL),
+        "the same norm again and again": ["constant"] * (steps - 1) + ["spike"],
+        **{
+            f"{first} at first": [first, *drawn((*_MOSTLY_USUAL, first))[1:]]
+            for first in ("zero", "tiny", "huge", "nan", "inf")
+        },
+        "everything": drawn(_EVERYTHING),
+    }
+    for name, kinds in plans.items():
+        yield name, [_norms(kind, generator) for kind in kinds]
+
+
+def _norms(kind: str, generator: torch.Generator) -> Tensor:
+    if kind == "constant":
+        return torch.full((len(PARAMETERS),), 0.2, dtype=torch.float64)
+    norms = (0.3 * torch.randn(len(PARAMETERS), generator=generator, dtype=torch.float64) - 1.5).exp()
+    one = torch.randint(len(PARAMETERS), (1,), generator=generator)
+    if kind in _ONE:
+        norms[one] *= _ONE[kind]
+    return norms * _WHOLE.get(kind, 1.0)
+
+
+def norms_for(strategy: Strategy, parts: Tensor) -> Norms:
+    """What the clipper would hand to a strategy, of parameters with these norms, [num_parameters] float64."""
+    labels: tuple[str, ...] = strategy.groups
+    weights: Tensor | None = None
+    if strategy.per_parameter:
+        labels, of = tuple(p.name for p in PARAMETERS), list(range(len(PARAMETERS)))
+    elif strategy.per_unit:
+        shares = [part.expand(p.units) / p.units**0.5 for part, p in zip(parts, PARAMETERS, strict=True)]
+        parts, labels = torch.cat(shares), ()
+        of, weights = list(range(len(parts))), torch.linspace(0, 40, len(parts))
+    else:
+        of = [strategy.group_of(p) for p in PARAMETERS]
+    sums, index = torch.zeros(len(labels) or len(of), dtype=torch.float64), torch.tensor(of)
+    if math.isinf(strategy.norm_type):  # the reduction sends a NaN as ∞
+        sums.scatter_reduce_(0, index, parts.nan_to_num(nan=math.inf, posinf=math.inf), "amax")
+    else:
+        sums.index_add_(0, index, parts.pow(strategy.norm_type))
+    extra = None
+    if strategy.num_extra:
+        one_each = [part.view(1).float() for part in parts]  # gradients of one element
+        extra = torch.stack([strategy.elementwise(g) for g in one_each]).sum(0)
+    return replace(Norms.from_power_sums(sums, strategy.norm_type, labels), weights=weights, extra=extra)
