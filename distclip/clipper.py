@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,17 +19,14 @@ from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
 from distclip._loss_scale import LossScale, reciprocal
-from distclip._meter import Meter, regroup
+from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._optimizer_step import require_covered, require_fused, take_step
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
-from distclip._runs import Collector
-from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._synchronisation import Synchronisation
-from distclip._units import Units
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
 from distclip.strategies._base import Strategy
@@ -106,9 +103,7 @@ class Clipper:
         self.tensors: list[Tensor] = []
         self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
-        self._meters: dict[bool, Meter] = {}  # by whether it measures every parameter
-        self._collectors: dict[bool, Collector] = {}  # likewise
-        self._slots: Slots | Units = Slots((), ())
+        self._measurement: Measurement | None = None
 
     @property
     def plan(self) -> Plan:
@@ -120,12 +115,7 @@ class Clipper:
             named = named_parameters(self._source)
             self.tensors = [p.tensor for p in named]
             self._plan = build_plan(named, self._process_group, self._stages)
-            if self.strategy.per_unit:
-                self._slots = Units.of(self._plan, self.tensors)
-            else:
-                self._slots = slots_of(self.strategy, self._plan)
-            self._meters.clear()
-            self._collectors.clear()
+            self._measurement = Measurement(self._plan, self.strategy, self.tensors, self._accumulate)
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
             self.strategy.to(self._plan.device)
@@ -150,7 +140,7 @@ class Clipper:
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
         gradients, outcome = self._decide(None, self.on_nonfinite, param_norms=param_norms)
-        change(outcome, gradients, self._slots)
+        change(outcome, gradients, self._measured.slots)
         self._window.close()
         return outcome.report
 
@@ -200,7 +190,7 @@ class Clipper:
         if self._deferred:
             grad_scale = _grad_scale(outcome)
         else:
-            change(outcome, gradients, self._slots)
+            change(outcome, gradients, self._measured.slots)
         for each in optimizers:
             take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
         loss_scale.finish(outcome.report.nonfinite)
@@ -245,9 +235,9 @@ class Clipper:
         """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
         self.require_synchronised()
         plan = self.plan
-        gradients = self._collector(plan, param_norms)(self.tensors)
+        gradients = self._measured.collect(param_norms)
         factor = self._factor(inverse_scale, plan.device)
-        norms, by_parameter = self._measure(plan, gradients, param_norms, factor)
+        norms, by_parameter = self._measured.norms(gradients, param_norms, factor)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
@@ -260,35 +250,15 @@ class Clipper:
             outcome = replace(outcome, report=report)
         return gradients, outcome
 
-    def _measure(
-        self, plan: Plan, gradients: Gradients, param_norms: bool, factor: Tensor | None
-    ) -> tuple[Norms, Norms | None]:
-        """The norms that the strategy wants, and those of the parameters where they are measured as well.
-
-        Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
-        """
-        p, slots = self.strategy.norm_type, self._slots
-        if isinstance(slots, Units):
-            sums, weights = slots.power_sums(plan, gradients, self.tensors)
-            norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
-            row = torch.arange(len(plan.every), device=sums.device)
-            units = torch.tensor([info.units for info in plan.every], device=sums.device)
-            if not param_norms:
-                return norms, None
-            of_parameters = regroup(sums, row.repeat_interleave(units), len(plan.every), p)
-            return norms, Norms.from_power_sums(of_parameters, p, plan.names)
-        fine = param_norms or self.strategy.per_parameter
-        meter = self._meter(plan, fine)
-        sums, extra = meter.power_sums(gradients, factor)
-        by_parameter = meter.norms(sums) if fine else None
-        if fine and not self.strategy.per_parameter:
-            slot = torch.tensor(groups_of_every(self.strategy, plan), device=sums.device)
-            sums = regroup(sums, slot, slots.size, p)
-        return replace(Norms.from_power_sums(sums, p, slots.labels), extra=extra), by_parameter
-
     def measure(self, gradients: Gradients) -> Norms:
         """The norms of gradients that have been collected for this clipper, as its strategy gets them."""
-        return self._measure(self.plan, gradients, False, None)[0]
+        _ = self.plan
+        return self._measured.norms(gradients)[0]
+
+    @property
+    def _measured(self) -> Measurement:
+        assert self._measurement is not None  # made with the plan, which the caller has asked for
+        return self._measurement
 
     def _factor(self, inverse_scale: Tensor | None, device: torch.device) -> Tensor | None:
         """What the gradients have yet to be multiplied by: 1 / loss scale, and what an incomplete window
@@ -377,24 +347,6 @@ class Clipper:
             {'layers.3.weight': (2,)}
         """
         return nonfinite_ranks(self.plan, self.tensors)
-
-    def _collector(self, plan: Plan, fine: bool) -> Collector:
-        if fine not in self._collectors:
-            slots = self._slots
-            single = fine or isinstance(slots, Units) or self.strategy.names_parameters()
-            kinds: Sequence[Hashable] = range(len(plan.parameters))
-            if not single and isinstance(slots, Slots):
-                kinds = list(zip(slots.of, plan.multiplicities, strict=True))
-            self._collectors[fine] = Collector(plan, kinds)
-        return self._collectors[fine]
-
-    def _meter(self, plan: Plan, fine: bool) -> Meter:
-        if fine not in self._meters:
-            slots = per_parameter(plan) if fine else self._slots
-            assert isinstance(slots, Slots)
-            extra = (self.strategy.num_extra, self.strategy.elementwise) if self.strategy.num_extra else None
-            self._meters[fine] = Meter(plan, slots, self.strategy.norm_type, self._accumulate, extra)
-        return self._meters[fine]
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to continue the same sequence: the strategy's state, the number of steps, and

@@ -1,0 +1,86 @@
+"""How one strategy measures one plan: which gradients come merged, what is asked for, in what message."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distclip._gradients import Gradients
+from distclip._meter import Meter, regroup
+from distclip._norms import Norms
+from distclip._plan import Plan
+from distclip._runs import Collector
+from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
+from distclip._units import Units
+from distclip.strategies._base import Strategy
+
+
+class Measurement:
+    """Collects and measures gradients as a strategy wants them, step after step.
+
+    Attributes:
+        slots: what the coefficients of the strategy's decisions refer to.
+    """
+
+    def __init__(
+        self, plan: Plan, strategy: Strategy, tensors: Sequence[Tensor], accumulate: torch.dtype
+    ) -> None:
+        self.slots: Slots | Units = Units.of(plan, tensors) if strategy.per_unit else slots_of(strategy, plan)
+        self._plan, self._strategy, self._tensors = plan, strategy, tensors
+        self._accumulate = accumulate
+        # By whether every parameter is measured.
+        self._meters: dict[bool, Meter] = {}
+        self._collectors: dict[bool, Collector] = {}
+
+    def collect(self, param_norms: bool = False) -> Gradients:
+        """The gradients as they are now; adjacent ones that count alike as one tensor."""
+        if param_norms not in self._collectors:
+            kinds: Sequence[Hashable] = range(len(self._plan.parameters))
+            apart = param_norms or self._strategy.names_parameters()
+            if isinstance(self.slots, Slots) and not apart:
+                kinds = list(zip(self.slots.of, self._plan.multiplicities, strict=True))
+            self._collectors[param_norms] = Collector(self._plan, kinds)
+        return self._collectors[param_norms](self._tensors)
+
+    def norms(
+        self, gradients: Gradients, param_norms: bool = False, factor: Tensor | None = None
+    ) -> tuple[Norms, Norms | None]:
+        """The norms that the strategy wants, and those of the parameters where they are measured as well.
+
+        Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
+        One all-reduce at most.
+        """
+        if isinstance(self.slots, Units):
+            return self._norms_of_units(self.slots, gradients, param_norms)
+        plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
+        meter = self._meter(param_norms or own)
+        sums, extra = meter.power_sums(gradients, factor)
+        by_parameter = meter.norms(sums) if param_norms or own else None
+        if param_norms and not own:
+            slot = torch.tensor(groups_of_every(self._strategy, plan), device=sums.device)
+            sums = regroup(sums, slot, self.slots.size, p)
+        return replace(Norms.from_power_sums(sums, p, self.slots.labels), extra=extra), by_parameter
+
+    def _norms_of_units(
+        self, units: Units, gradients: Gradients, param_norms: bool
+    ) -> tuple[Norms, Norms | None]:
+        plan, p = self._plan, self._strategy.norm_type
+        sums, weights = units.power_sums(plan, gradients, self._tensors)
+        norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
+        if not param_norms:
+            return norms, None
+        counts = torch.tensor([info.units for info in plan.every], device=sums.device)
+        parameter = torch.arange(len(plan.every), device=sums.device).repeat_interleave(counts)
+        return norms, Norms.from_power_sums(regroup(sums, parameter, len(plan.every), p), p, plan.names)
+
+    def _meter(self, every_parameter: bool) -> Meter:
+        if every_parameter not in self._meters:
+            slots = per_parameter(self._plan) if every_parameter else self.slots
+            assert isinstance(slots, Slots)
+            s = self._strategy
+            extra = (s.num_extra, s.elementwise) if s.num_extra else None
+            self._meters[every_parameter] = Meter(self._plan, slots, s.norm_type, self._accumulate, extra)
+        return self._meters[every_parameter]
