@@ -1,4 +1,4 @@
-"""Clipper.step: unscales once, agrees on infinities, steps or skips; and distclip.unscale_ for torch's order."""
+"""Clipper.step: unscales once, agrees on infinities, steps or skips. And distclip.unscale_."""
 
 from __future__ import annotations
 

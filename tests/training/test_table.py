@@ -43,7 +43,7 @@ def scales() -> list[float]:
 @pytest.mark.parametrize("apply", ["inplace", "deferred"])
 @on_row(ROWS)
 def test_cell(row: str, apply: str, scaler: str) -> tuple[list[Step], float]:
-    """What the ranks return, the harness compares bit for bit: decisions, scales, norms, parameters' error."""
+    """Decisions, scales, norms and the parameters' error: the harness compares them bit for bit."""
     optimizer = "SGD" if apply == "inplace" else "AdamW"
     want, norms = trained_alone(STEPS, optimizer, MAX_NORM)
     spread, sc = built(row), SCALERS[scaler](init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL)
