@@ -31,6 +31,7 @@ class Measurement:
         self.slots: Slots | Units = Units.of(plan, tensors) if strategy.per_unit else slots_of(strategy, plan)
         self._plan, self._strategy, self._tensors = plan, strategy, tensors
         self._accumulate = accumulate
+        self._slot_of_every: Tensor | None = None  # [parameters of all stages] int64
         # By whether every parameter is measured.
         self._meters: dict[bool, Meter] = {}
         self._collectors: dict[bool, Collector] = {}
@@ -60,8 +61,10 @@ class Measurement:
         sums, extra = meter.power_sums(gradients, factor)
         by_parameter = meter.norms(sums) if param_norms or own else None
         if param_norms and not own:
-            slot = torch.tensor(groups_of_every(self._strategy, plan), device=sums.device)
-            sums = regroup(sums, slot, self.slots.size, p)
+            if self._slot_of_every is None:
+                groups = groups_of_every(self._strategy, plan)
+                self._slot_of_every = torch.tensor(groups, dtype=torch.int64, device=sums.device)
+            sums = regroup(sums, self._slot_of_every, self.slots.size, p)
         return replace(Norms.from_power_sums(sums, p, self.slots.labels), extra=extra), by_parameter
 
     def _norms_of_units(

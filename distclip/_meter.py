@@ -37,8 +37,8 @@ class Meter:
         self._extra = extra
         self.plan, self.slots = plan, slots
         self._norm_type, self._accumulate = norm_type, accumulate
-        # By the parameters in a bucket: their slots and 1 / multiplicity, on the bucket's device.
-        self._columns: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        # By the parameters in a bucket: 1 / multiplicity, on the bucket's device.
+        self._shares: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, gradients: Gradients, factor: Tensor | None = None) -> Norms:
         sums, extra = self.power_sums(gradients, factor)
@@ -81,15 +81,12 @@ class Meter:
     def _columns_of(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         device = bucket.tensors[0].device
         key = (device, tuple(bucket.parameters))
-        if key not in self._columns:
-            if len(self._columns) >= 64:  # gradients that come and go: keep the memory bounded
-                self._columns.clear()
+        if key not in self._shares:
+            if len(self._shares) >= 64:  # gradients that come and go: keep the memory bounded
+                self._shares.clear()
             shares = [1.0 / self.plan.multiplicities[i] for i in bucket.parameters]
-            self._columns[key] = (
-                torch.tensor([self.slots.of[i] for i in bucket.parameters], device=device),
-                torch.tensor(shares, dtype=torch.float64, device=device),
-            )
-        return self._columns[key]
+            self._shares[key] = torch.tensor(shares, dtype=torch.float64, device=device)
+        return self.slots.index(key[1], device), self._shares[key]
 
 
 def regroup(power_sums: Tensor, slot: Tensor, num_slots: int, norm_type: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Slots:
 
     labels: tuple[str, ...]  # [num_slots]
     of: tuple[int, ...]  # [num_parameters]
+    # Made once: to bring a list to an accelerator waits for it.
+    _indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
@@ -26,8 +28,17 @@ class Slots:
 
     def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
         """Multiply each gradient by the coefficient of its slot, [num_slots] float32."""
-        owners = torch.tensor([self.of[i] for i in bucket.parameters], device=coefficient.device)
+        owners = self.index(tuple(bucket.parameters), coefficient.device)
         kernels.scale_each_(bucket.tensors, coefficient[owners].to(bucket.tensors[0].device))
+
+    def index(self, parameters: tuple[int, ...], device: torch.device) -> Tensor:
+        """The slots of some parameters, [len(parameters)] int64."""
+        key = (device, parameters)
+        if key not in self._indices:
+            if len(self._indices) >= 64:  # gradients that come and go: keep the memory bounded
+                self._indices.clear()
+            self._indices[key] = torch.tensor([self.of[i] for i in parameters], device=device)
+        return self._indices[key]
 
 
 def slots_of(strategy: Strategy, plan: Plan) -> Slots:

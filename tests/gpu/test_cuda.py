@@ -1,0 +1,101 @@
+"""What only a GPU can show. The only tests that may be skipped, and only where there is no CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import distclip
+from tests import oracle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+STRATEGIES = {
+    "GlobalNorm": lambda: distclip.GlobalNorm(0.5),
+    "GlobalNorm inf": lambda: distclip.GlobalNorm(0.5, float("inf")),
+    "Value": lambda: distclip.Value(0.01),
+    "PerParameter": lambda: distclip.PerParameter(0.1),
+    "PerGroup": lambda: distclip.PerGroup({"*bias": 0.1, "*": 0.5}),
+    "Percentile": lambda: distclip.Percentile(warmup=2),
+    "ZClip": lambda: distclip.ZClip(warmup=2),
+    "AdaGC": lambda: distclip.AdaGC(warmup=2),
+    "SkipSpikes": lambda: distclip.SkipSpikes(),
+    "AGC": lambda: distclip.AGC(0.01),
+    "Chain": lambda: distclip.Chain(distclip.PerParameter(0.5), distclip.GlobalNorm(0.5)),
+}
+
+
+def _model(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 300), nn.GELU(), nn.LayerNorm(300), nn.Linear(300, 70)).to(device)
+
+
+def _backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    model(torch.randn(8, 64, generator=generator).to(device)).pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_no_host_sync(name: str) -> None:
+    """Law 3: once the plan is made, a step waits for nothing."""
+    model = _model("cuda")
+    clipper = distclip.Clipper(model, STRATEGIES[name]())
+    for seed in range(3):
+        _backward(model, seed)
+        clipper.clip()
+    _backward(model, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        report = clipper.clip()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert report.total_norm.device.type == "cuda"
+    assert report.total_norm.item() > 0
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_same_as_on_the_cpu(name: str) -> None:
+    on_gpu, on_cpu = _model("cuda"), _model("cpu")
+    clippers = [distclip.Clipper(m, STRATEGIES[name]()) for m in (on_gpu, on_cpu)]
+    for seed in range(5):
+        for model in (on_gpu, on_cpu):
+            _backward(model, seed)
+        for a, b in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+            a.grad.copy_(b.grad)  # type: ignore[union-attr]
+        reports = [clipper.clip() for clipper in clippers]
+        assert reports[0].total_norm.item() == pytest.approx(reports[1].total_norm.item(), rel=1e-6)
+        for a, b in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-5, atol=1e-9)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float32_accumulation(dtype: torch.dtype) -> None:
+    w = nn.Parameter(torch.zeros(3_000_000, dtype=dtype, device="cuda"))
+    w.grad = torch.randn(3_000_000, device="cuda").to(dtype)
+    total = distclip.total_grad_norm([w])
+    assert total.item() == pytest.approx(oracle.norm([oracle.dense(w.grad)]), rel=1e-6)
+
+
+def test_fused_step_without_a_host_sync() -> None:
+    model = _model("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    clipper = distclip.Clipper(model, distclip.GlobalNorm(0.5), apply="deferred")
+    for seed in range(4):
+        model.zero_grad()
+        loss = model(torch.randn(8, 64, device="cuda")).pow(2).sum()
+        scaler.scale(loss).backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if seed else "default")
+        try:
+            report = clipper.step(optimizer, scaler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert report.clipped.item()
