@@ -164,12 +164,7 @@ def on_row(
                 _run_on_pool(rows[row].world, body, (row, *args), kwargs, timeout, with_rank=False)
 
         parameters = list(inspect.signature(body).parameters.values())
-        # Rows of one world size stay on one pytest worker, which so needs one pool of that size.
-        marked = [
-            pytest.param(name, marks=pytest.mark.xdist_group(f"world{row.world}"))
-            for name, row in rows.items()
-        ]
-        return pytest.mark.parametrize("row", marked)(
+        return pytest.mark.parametrize("row", list(rows))(
             pytest.mark.distributed(_named_like(body, test, parameters))
         )
 
