@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository root and install distclip into it, editable, with all extras. Needs Python
-# 3.10 or newer and pip. Quick where nothing has changed since the last time.
+# 3.10 or newer and pip. Quick where nothing has changed since the last time. Installs Chromium too, which the
+# tests look at the report page with, where it is missing and this is root on Debian or a derivative of it.
 #
 #   launch/setup.sh                          # the versions that the tests run with
 #   DISTCLIP_CONSTRAINTS= launch/setup.sh    # whatever torch the package accepts, or that is there already
@@ -11,6 +12,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 constraints=${DISTCLIP_CONSTRAINTS-launch/constraints.txt}
 python=.venv/bin/python
 stamp=.venv/installed
+
+if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
+    if [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
+        echo "installing chromium and chromium-driver" >&2
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver \
+            fonts-dejavu-core; } >/dev/null ||
+            echo "chromium could not be installed: tests/monitor/test_page.py will fail" >&2
+    else
+        echo "chromium and chromedriver are missing: tests/monitor/test_page.py will fail without them" >&2
+    fi
+fi
 
 [[ -x $python ]] || "${PYTHON:-python3}" -m venv .venv
 

@@ -1,0 +1,181 @@
+"""Advice about the threshold, once per run, from the reports of the run itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip._report import ClipReport
+
+logger = logging.getLogger("distclip")
+
+FIRST_LOOK = 10
+"""Steps until the norms are first looked at: soon enough for a loop that clips nothing at all."""
+BLOCK = 100
+"""Steps between two later looks, each of which waits for the device once."""
+OFTEN, OFTEN_STEPS = 0.95, 200
+NEVER_STEPS = 1000
+ORDINARY = 0.99
+"""The share of ordinary steps that a suggested threshold leaves alone."""
+MOSTLY = 0.9
+"""The least share of the steps that are ordinary."""
+SPIKE_SIGMAS, SPIKE_FACTOR = 6.0, 2.0
+"""A spike is as many robust deviations of log(norm) above the median, and at least this factor."""
+
+
+class Advice:
+    """Watches the reports of a run, and logs what looks like a mistake: each mistake once, on rank 0.
+
+    - All norms of the first steps are exactly 0: clipping before ``backward``, or after ``zero_grad``.
+    - More than 95 % of the last 200 steps were clipped: the threshold is too low. With the threshold that
+      ``distclip recommend`` gives for these steps.
+    - Never clipped in 1000 steps, by a threshold that does not adapt. With the same.
+
+    The values are fetched in blocks: one host synchronisation in 100 steps, and none any more once there is
+    nothing left to find. It logs (to the logger ``distclip``) and does not warn: a warning that is made an
+    error would raise on one rank only, and the others would wait for it.
+
+    Args:
+        whole: whether the strategy compares one norm, that of the whole gradient, with one threshold. If
+            not, that some parameter is clipped in every step is as it should be, and only the first
+            mistake is looked for.
+
+    Example:
+        >>> advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
+        >>> advice.observe(report)
+    """
+
+    def __init__(self, *, whole: bool = True) -> None:
+        self._whole = whole
+        self._speaks: bool | None = None  # on rank 0 only, which is known at the first report
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._seen = 0
+        self._latest: deque[tuple[float, float, bool]] = deque(maxlen=NEVER_STEPS)
+        self._watching = {"zero", "often", "never"} if whole else {"zero"}
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to watch for: reports are then not even kept."""
+        return not self._watching or self._speaks is False
+
+    def observe(self, report: ClipReport) -> None:
+        """Take note of one step. A few tenths of a microsecond; keeps references to 0-dim tensors."""
+        if self.done:
+            return
+        if self._speaks is None:
+            self._speaks = is_main_rank()
+            if not self._speaks:
+                return
+        self._pending.append((report.total_norm, report.threshold, report.clipped))
+        if len(self._pending) >= (BLOCK if self._seen else FIRST_LOOK):
+            self._look()
+
+    def _look(self) -> None:
+        pending, self._pending = self._pending, []
+        self._seen += len(pending)
+        nan = torch.full_like(pending[0][0], math.nan)
+        columns = (
+            [norm for norm, _, _ in pending],
+            [t.to(nan) if t.dim() == 0 else nan for _, t, _ in pending],
+            [clipped.to(nan) for _, _, clipped in pending],
+        )
+        norms, thresholds, clipped = torch.stack([torch.stack(column) for column in columns]).tolist()
+        for norm, threshold, flag in zip(norms, thresholds, clipped, strict=True):
+            if math.isfinite(norm):
+                self._latest.append((norm, threshold, bool(flag)))
+        self._advise()
+
+    def _advise(self) -> None:
+        if "zero" in self._watching and self._latest:
+            self._watching.discard("zero")
+            if all(norm == 0 for norm, _, _ in self._latest):
+                logger.warning(
+                    "the gradient norm was exactly 0 in all of the first %d steps: there are no gradients. "
+                    "Clip after backward() and before optimizer.step() and zero_grad().",
+                    len(self._latest),
+                )
+                self._watching.clear()
+        latest = list(self._latest)[-OFTEN_STEPS:]
+        if "often" in self._watching and len(latest) == OFTEN_STEPS:
+            share = sum(clipped for _, _, clipped in latest) / OFTEN_STEPS
+            if share > OFTEN:
+                self._watching -= {"often", "never"}
+                logger.warning(
+                    "%.0f %% of the last %d steps were clipped (threshold %.3g, median norm %.3g): the "
+                    "threshold is too low to tell spikes from ordinary steps, and acts as a smaller "
+                    "learning rate. For these steps `distclip recommend` gives max_norm=%g.",
+                    100 * share, OFTEN_STEPS, latest[-1][1], _median(latest), _suggested(latest),
+                )  # fmt: skip
+        if "never" in self._watching and len(self._latest) == NEVER_STEPS:
+            thresholds = {threshold for _, threshold, _ in self._latest}
+            clips = any(clipped for _, _, clipped in self._latest)
+            if not clips and len(thresholds) == 1 and math.isfinite(min(thresholds)):
+                logger.warning(
+                    "no step was clipped in %d (threshold %.3g, largest norm %.3g): the threshold would let "
+                    "a spike through. For these steps `distclip recommend` gives max_norm=%g.",
+                    NEVER_STEPS, min(thresholds), max(latest_[0] for latest_ in self._latest),
+                    _suggested(self._latest),
+                )  # fmt: skip
+            if clips or len(thresholds) > 1 or not math.isinf(min(thresholds)):
+                self._watching.discard("never")
+
+
+def suggest_max_norm(norms: Tensor) -> float:
+    """A threshold above 99 % of the ordinary norms and below what stands out from them.
+
+    Norms are ordinary up to ``median · max(2, exp(6σ))``, where σ is the robust deviation of their
+    logarithms (1.4826 times the median absolute one); all of them are, if that would leave out a tenth.
+    The 99th percentile of these, linear between neighbours, is rounded up to two digits.
+
+    Args:
+        norms: [steps], any float dtype. Zeros and what is not finite do not count.
+
+    Raises:
+        ValueError: no norm is positive and finite.
+    """
+    positive = norms[torch.isfinite(norms) & (norms > 0)].double()
+    if positive.numel() == 0:
+        raise ValueError("no norm is positive and finite: there is nothing to choose a threshold by")
+    logs = positive.log().sort().values
+    median = _quantile(logs, 0.5)
+    spread = 1.4826 * _quantile((logs - median).abs().sort().values, 0.5)
+    bound = median + max(math.log(SPIKE_FACTOR), SPIKE_SIGMAS * spread)
+    ordinary = logs[logs <= bound]
+    if ordinary.numel() < MOSTLY * logs.numel():  # what is so frequent is no exception
+        ordinary = logs
+    return round_up(math.exp(_quantile(ordinary, ORDINARY)))
+
+
+def round_up(value: float, digits: int = 2) -> float:
+    """To so many significant digits, upwards: 0.4213 → 0.43."""
+    unit = digits - 1 - math.floor(math.log10(value))
+    scaled = math.ceil(round(value * 10.0**unit, 6))
+    return float(f"{scaled}e{-unit}")
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that talks: rank 0, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _quantile(ordered: Tensor, q: float) -> float:
+    rank = q * (ordered.numel() - 1)
+    low = ordered[math.floor(rank)].item()
+    return low + (ordered[math.ceil(rank)].item() - low) * (rank % 1)
+
+
+def _median(latest: list[tuple[float, float, bool]]) -> float:
+    return sorted(norm for norm, _, _ in latest)[len(latest) // 2]
+
+
+def _suggested(latest: deque[tuple[float, float, bool]] | list[tuple[float, float, bool]]) -> float:
+    norms = torch.tensor([norm for norm, _, _ in latest], dtype=torch.float64)
+    return suggest_max_norm(norms) if bool((norms > 0).any()) else 0.0

@@ -1,0 +1,39 @@
+"""The command line: ``distclip recommend | replay | report | watch | doctor``.
+
+Exit codes: 0, all is well; 1, ``doctor`` found a problem; 2, the input or the arguments cannot be used.
+Needs no process group, and the extra ``cli``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from distclip.errors import DistclipError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. ``arguments``: those of the process, by default."""
+    try:
+        from distclip.monitor import commands
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("distclip"):
+            raise
+        print(f"distclip: the commands need {error.name}: pip install 'distclip[cli]'", file=sys.stderr)
+        return 2
+    try:
+        return commands.run(arguments)
+    except DistclipError as error:
+        print(f"distclip: {error}", file=sys.stderr)
+    except BrokenPipeError:  # `distclip recommend run.jsonl | head -3` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"distclip: {where}{error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

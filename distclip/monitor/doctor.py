@@ -1,0 +1,240 @@
+"""Check the installation, the environment, and what histories say about the usual mistakes."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distclip._advice import NEVER_STEPS, OFTEN
+from distclip.monitor.recommendation import Recommendation, recommend
+from distclip.monitor.run import HistoryError, Run
+
+LIBRARIES = (
+    "numpy",
+    "orjson",
+    "rich",
+    "typer",
+    "plotly",
+    "matplotlib",
+    "tensorboard",
+    "accelerate",
+    "transformers",
+)
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: "ok"; "note" to know; "problem" to look into.
+        topic: what was looked at.
+        text: what was found, and what to do about it.
+    """
+
+    level: Literal["ok", "note", "problem"]
+    topic: str
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine_installation(environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """torch, devices, backends, launch variables, optional libraries."""
+    found = [
+        Finding("ok", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("ok", "distclip", version("distclip")),
+    ]
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+    if numbers < (2, 6):
+        found.append(Finding("problem", "torch", f"{torch.__version__}: distclip needs 2.6 or newer"))
+    else:
+        found.append(Finding("ok", "torch", torch.__version__))
+    found.append(_devices())
+    if not dist.is_available():
+        found.append(Finding("problem", "backends", "this torch is built without torch.distributed"))
+    else:
+        names = (
+            ("gloo", dist.is_gloo_available),
+            ("nccl", dist.is_nccl_available),
+            ("mpi", dist.is_mpi_available),
+        )
+        there = [name for name, available in names if available()]
+        lacks = torch.cuda.is_available() and "nccl" not in there
+        level: Literal["ok", "problem"] = "problem" if lacks or not there else "ok"
+        found.append(
+            Finding(level, "backends", ", ".join(there) + (" (no nccl for these GPUs)" if lacks else ""))
+        )
+    found += _launch(environment)
+    have = {name: _version(name) for name in LIBRARIES}
+    listed = ", ".join(f"{name} {found_version}" for name, found_version in have.items() if found_version)
+    found.append(Finding("ok", "libraries", listed))
+    return found
+
+
+def _devices() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("note", "GPUs", f"none; {torch.get_num_threads()} threads on the CPU")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))} (CUDA {torch.version.cuda})")
+
+
+def _launch(environment: Mapping[str, str]) -> list[Finding]:
+    given = {name: environment[name] for name in LAUNCH if name in environment}
+    if not given:
+        text = "not under a launcher (torchrun sets RANK, WORLD_SIZE, MASTER_ADDR, …): one process"
+        return [Finding("note", "launch", text)]
+    found = []
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if missing:
+        found.append(Finding("problem", "launch", f"{', '.join(given)} set, but not {', '.join(missing)}"))
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if name in given and not given[name].isdigit():
+            found.append(Finding("problem", "launch", f"{name}={given[name]!r} is no number"))
+        elif name in given:
+            numbers[name] = int(given[name])
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            text = f"{rank}={numbers[rank]} is not below {size}={numbers[size]}"
+            found.append(Finding("problem", "launch", text))
+    gpus, local = torch.cuda.device_count(), numbers.get("LOCAL_WORLD_SIZE", 1)
+    if gpus and local > gpus:
+        found.append(Finding("problem", "launch", f"{local} ranks on this machine share {gpus} GPUs"))
+    if local > 1 and "OMP_NUM_THREADS" not in environment and not gpus:
+        found.append(
+            Finding(
+                "note", "launch", f"OMP_NUM_THREADS is not set: {local} ranks compete for the cores; try 1"
+            )
+        )
+    return found or [Finding("ok", "launch", ", ".join(f"{k}={v}" for k, v in given.items()))]
+
+
+def examine_runs(runs: Sequence[Run]) -> list[Finding]:
+    """The usual mistakes, in each run and between runs of different world size."""
+    found = [finding for run in runs for finding in _examine(run)]
+    for i, one in enumerate(runs):
+        for other in runs[i + 1 :]:
+            if one.world_size and other.world_size and one.world_size != other.world_size:
+                found.append(_compare(one, other))
+    return found
+
+
+def _examine(run: Run) -> list[Finding]:
+    name, found = run.name, list[Finding]()
+    if run.torn:
+        found.append(Finding("note", name, "the last line is torn (the run was killed); it is left out"))
+    found += _nonfinite(run)
+    finite = run.norm[np.isfinite(run.norm)]
+    if not (finite > 0).any():
+        text = "all finite norms are 0: clip after backward() and before zero_grad()"
+        return [*found, Finding("problem", name, text)] if len(finite) else found
+    try:
+        advised = recommend(run)
+    except HistoryError as error:
+        return [*found, Finding("note", name, str(error))]
+    try_it = f"`distclip recommend` gives {advised.strategy}"
+    thresholds = run.threshold[np.isfinite(run.threshold)]
+    if run.whole and run.clip_rate > OFTEN:
+        text = f"{run.clip_rate:.0%} of the steps are clipped: the threshold is too low; {try_it}"
+        found.append(Finding("problem", name, text))
+    elif run.whole and not run.clipped.any() and len(run) >= NEVER_STEPS and not run.skipped.any():
+        level: Literal["note", "problem"] = "problem" if advised.spikes else "note"
+        text = f"never clipped in {len(run)} steps, with {len(advised.spikes)} spikes among them; {try_it}"
+        found.append(Finding(level, name, text))
+    elif run.whole and len(thresholds):
+        found += _distance(run, float(np.median(thresholds)), advised, try_it)
+    if advised.drift > 1.5 and advised.strategy.startswith("Percentile"):
+        text = f"the typical norm grows by a factor of {advised.drift:.2g} over the steady phase; {try_it}"
+        found.append(Finding("problem" if advised.drift > 4 else "note", name, text))
+    if not any(finding.level != "ok" for finding in found):
+        text = f"{len(run)} steps, {run.clip_rate:.1%} clipped, median norm {np.median(finite):.3g}"
+        found.append(Finding("ok", name, text))
+    return found
+
+
+def _nonfinite(run: Run) -> list[Finding]:
+    bad = run.nonfinite
+    if not bad.any():
+        return []
+    padded = np.concatenate(([False], bad, [False])).astype(np.int8)
+    starts, ends = np.nonzero(np.diff(padded) == 1)[0], np.nonzero(np.diff(padded) == -1)[0]
+    longest = int(np.argmax(ends - starts))
+    length, first = int(ends[longest] - starts[longest]), int(run.step[starts[longest]])
+    text = (
+        f"{int(bad.sum())} steps have a norm that is NaN or infinite, "
+        f"the longest burst {length} from step {first}"
+    )
+    if length >= 5 or bad.mean() > 0.01:
+        return [
+            Finding(
+                "problem", run.name, f"{text}: lower the loss scale or learning rate, or check the data there"
+            )
+        ]
+    return [Finding("note", run.name, text)]
+
+
+def _distance(run: Run, threshold: float, advised: Recommendation, try_it: str) -> list[Finding]:
+    ratio = threshold / advised.max_norm
+    if 0.1 < ratio < 10:
+        return []
+    side = "above" if ratio > 1 else "below"
+    text = f"the threshold {threshold:.3g} is far {side} the data, 99 % below {advised.percentiles['99']:.3g}"
+    return [Finding("problem", run.name, f"{text}; {try_it}")]
+
+
+def _compare(one: Run, other: Run) -> Finding:
+    """The first norms of one seed should not depend on how many ranks there are."""
+    common, i, j = np.intersect1d(one.step, other.step, return_indices=True)
+    topic = f"{one.world_size} and {other.world_size} ranks"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (other.norm[j] / one.norm[i])[:20]
+    ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
+    if len(ratios) < 3:
+        return Finding(
+            "note", topic, f"{len(common)} steps in common: too few to compare {one.name} and {other.name}"
+        )
+    ratio = float(np.exp(np.median(np.log(ratios))))
+    if abs(math.log(ratio)) < 0.02:
+        return Finding(
+            "ok", topic, f"the norms of the first {len(ratios)} common steps agree ({ratio - 1:+.1%})"
+        )
+    assert one.world_size is not None
+    assert other.world_size is not None
+    factor = other.world_size / one.world_size
+    reasons = {
+        "gradients are summed over the ranks instead of averaged": factor,
+        "the batch of a rank stays the same, so the global batch grows and averages out noise": factor**-0.5,
+        "norms are of one shard instead of the whole gradient, or replicas are counted several times": factor
+        ** 0.5,
+        "gradients are divided by the number of ranks twice": 1 / factor,
+    }
+    close = [text for text, guess in reasons.items() if abs(math.log(ratio / guess)) < 0.1]
+    why = (
+        close[0]
+        if close
+        else "other data, seed or batch size; or gradients that some ranks count differently"
+    )
+    text = (
+        f"norms of the first common steps differ by a factor of {ratio:.3g}. Likely: {why}. "
+        "Check with clipper.verify()"
+    )
+    return Finding("problem", topic, text)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
