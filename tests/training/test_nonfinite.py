@@ -109,7 +109,7 @@ def test_a_skipped_step_leaves_no_trace(scaler: str, way: str, optimizer: str) -
 
 
 @pytest.mark.parametrize("strategy", ADAPTIVE)
-@on_row({name: ROWS[name] for name in ("single", "fsdp2_tensor_parallel", "pipeline")})
+@on_row({name: ROWS[name] for name in ("single", "fsdp2", "pipeline")})
 def test_bad_steps_never_enter_an_adaptive_history(row: str, strategy: str) -> None:
     """On_nonfinite= says what becomes of the gradients; the strategy forgets the step in any case."""
     for policy in ("skip", "zero", "raise"):
