@@ -260,7 +260,7 @@ def _accumulated_hook(single: Single, clip: _ByValue | _ByNorm) -> Callable[[Ten
 
 @dataclass
 class _Arrived:
-    """Whether the tensor hook ran in this backward pass."""
+    """Whether the tensor hook of a parameter has ever run."""
 
     yes: bool = False
 
@@ -291,6 +291,5 @@ def _guard(single: Single, arrived: _Arrived) -> Callable[[Tensor], None]:
                 f'{single.name}: when="gradient" cannot work under FSDP2, which runs no tensor hook of a '
                 'sharded parameter. Use when="accumulated", which clips after the average.'
             )
-        arrived.yes = False
 
     return hook

@@ -357,7 +357,7 @@ def test_tensor_parallel(rank: int, when: Any) -> None:
     mine = nn.Parameter(torch.ones(2, 3))
     distclip.declare(mine, sharded_over=mesh)
     handle = hooks.clip_norm([sharded, replicated, mine], 1.0, when=when)
-    for _ in range(2):  # FSDP2's guard does not go off
+    for _ in range(2):  # the guard against FSDP2 does not go off
         sharded.grad = replicated.grad = mine.grad = None
         (sharded * distribute_tensor(whole, mesh, [Shard(0)])).sum().backward()
         (replicated * 1).backward(DTensor.from_local(whole / 2, mesh, [Partial()]))

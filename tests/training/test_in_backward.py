@@ -23,7 +23,7 @@ from distclip.training.in_backward import InBackward
 from tests import oracle
 from tests.counting import count_host_syncs
 from tests.harness import on_ranks
-from tests.layouts import Net, mesh1
+from tests.layouts import LAYOUTS, Net, mesh1
 from tests.training.test_hooks import count_collectives, registered
 
 LR = 0.1
@@ -203,6 +203,21 @@ def test_nonfinite_gradients_are_not_stepped(rank: int, kind: str, fused: bool) 
     assert in_backward.state_dict()["previous_norm"] == first.total_norm  # the last that was finite
     loss_of(model, x).backward()
     return [first.total_norm.item(), in_backward.end_step().total_norm.item()]
+
+
+@on_ranks(4)
+def test_mixed_meshes(rank: int) -> list[float]:
+    """Some parameters lie on both axes, others twice on one: each element counts once."""
+    case = LAYOUTS["fsdp2_tensor_parallel"].build()
+    case.backward(3)
+    want = case.dense()
+    in_backward = InBackward(case.parameters, sgd, distclip.PerParameter(1e9))
+    case.backward(3)
+    report = in_backward.end_step()
+    assert report.total_norm.item() == pytest.approx(oracle.norm(want.values()), rel=1e-5)
+    for name, norm in report.param_norms.items():
+        assert norm.item() == pytest.approx(oracle.norm([want[name]]), rel=1e-5)
+    return [report.total_norm.item()]
 
 
 @on_ranks(2)
