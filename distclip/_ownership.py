@@ -346,6 +346,7 @@ def _join_shards(words: Tensor, placements: Sequence[Placement], indices: Sequen
         piece = words[members] * weights[axis.coordinate]
         dist.all_reduce(piece, group=axis.group)
         piece[:, 3:] /= math.hypot(*weights)  # unit prints stay of order one
+        piece[:, 2] = words[members, 2]  # a tie is the same on every rank of its stage
         words[members] = piece
 
 

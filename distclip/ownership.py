@@ -26,7 +26,8 @@ def declare(
 ) -> None:
     """Say how plain parameters lie over the ranks: manual tensor or expert parallelism, tied weights.
 
-    Every rank that holds the parameters declares them alike. A later declaration replaces an earlier one.
+    Every rank that holds the parameters declares them alike, before they are clipped for the first time (a
+    plan that has been made does not change). A later declaration replaces an earlier one.
     What can be checked is checked when the plan is made (copies must be equal); ``clipper.verify()``
     checks the rest on real gradients.
 
