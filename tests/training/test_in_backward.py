@@ -295,7 +295,9 @@ def test_schedule_moves_with_the_steps_and_state_survives() -> None:
         loss_of(model, batches(step)[0]).backward()
         assert in_backward.end_step().threshold == 1.0 + step
     twin.load_state_dict(model.state_dict())
-    other.load_state_dict(copy.deepcopy(in_backward.state_dict()))
+    state = copy.deepcopy(in_backward.state_dict())
+    other.load_state_dict(state)
+    assert other.state_dict()["previous_norm"] == state["previous_norm"] > 0
     for m, b in ((model, in_backward), (twin, other)):
         loss_of(m, batches(2)[0]).backward()
         assert b.end_step().threshold == 3.0
