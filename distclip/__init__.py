@@ -6,12 +6,14 @@ parallelism, the same number on every rank, in one small collective.
 
 from importlib.metadata import version as _version
 
+from distclip import hooks
 from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._norms import Norms
 from distclip._report import ClipReport
 from distclip.clipper import Clipper
 from distclip.errors import DistclipError, NonFiniteError, OwnershipError
 from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
+from distclip.monitor.history import History
 from distclip.ownership import declare
 from distclip.strategies import (
     AGC,
@@ -29,6 +31,7 @@ from distclip.strategies import (
     Warmup,
     ZClip,
 )
+from distclip.training.in_backward import InBackward
 from distclip.training.unscaling import unscale_
 
 __version__ = _version("distclip")
@@ -44,6 +47,8 @@ __all__ = [
     "Decision",
     "DistclipError",
     "GlobalNorm",
+    "History",
+    "InBackward",
     "NonFiniteError",
     "Norms",
     "OwnershipError",
@@ -61,6 +66,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "declare",
+    "hooks",
     "total_grad_norm",
     "unscale_",
 ]

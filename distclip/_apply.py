@@ -144,7 +144,7 @@ def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None
         coefficient = factor if coefficient is None else coefficient * factor
     # On the CPU the flag is simply looked at. On an accelerator that would wait for the device, and a
     # coefficient of exactly 1 changes no bit anyway.
-    if changed.device.type != "cpu" or changed.item():
+    if torch.compiler.is_compiling() or changed.device.type != "cpu" or changed.item():
         for bucket in gradients.buckets:
             device = bucket.tensors[0].device
             if coefficient is not None and coefficient.dim() == 0:
@@ -164,7 +164,7 @@ def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None
 
 
 def _zero_where(condition: Tensor, gradients: Gradients) -> None:
-    if condition.device.type == "cpu" and not condition.item():
+    if not torch.compiler.is_compiling() and condition.device.type == "cpu" and not condition.item():
         return
     for bucket in gradients.buckets:
         kernels.fill_where_(bucket.tensors, 0.0, condition.to(bucket.tensors[0].device))

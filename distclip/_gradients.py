@@ -61,12 +61,17 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
         local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
         strided = local.layout is torch.strided and type(local) is Tensor
         # Tied or aliased gradients are one gradient: count and scale it once.
-        memory = ((local if strided else _values(local)).data_ptr(), local.numel())
+        if torch.compiler.is_compiling():  # addresses and lazy flags are unknown to the tracer
+            memory = (i, 0)
+            lazy = False
+        else:
+            memory = ((local if strided else _values(local)).data_ptr(), local.numel())
+            lazy = local.is_conj() or local.is_neg()
         if memory in seen:
             replacement = seen[memory]
         else:
             replacement = None
-            if not strided or not local.is_contiguous() or local.is_conj() or local.is_neg():
+            if not strided or not local.is_contiguous() or lazy:
                 local, replacement = _workable(local, parameter)
             if local.numel() == 0:
                 continue

@@ -53,14 +53,14 @@ class Meter:
             contribution = self._contribution(bucket).to(plan.device)
             message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
         if self._extra is None:
-            return reduce_message(message, p, plan.group), None
+            return reduce_message(message, p, plan.group_name), None
         count, elementwise = self._extra
         extra = torch.zeros(count, dtype=torch.float64, device=plan.device)
         for bucket in gradients.buckets:
             for gradient, i in zip(bucket.tensors, bucket.parameters, strict=True):
                 unscaled = gradient if factor is None else gradient * factor.to(gradient.device)
                 extra += elementwise(unscaled).to(plan.device) / plan.multiplicities[i]
-        message = reduce_message(torch.cat([message, extra]), p, plan.group)
+        message = reduce_message(torch.cat([message, extra]), p, plan.group_name)
         return message[: self.slots.size], message[self.slots.size :]
 
     def norms(self, power_sums: Tensor, extra: Tensor | None = None) -> Norms:

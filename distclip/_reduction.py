@@ -10,21 +10,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.tensor import DTensor
 
 from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
 
 
-def reduce_message(message: Tensor, norm_type: float, group: dist.ProcessGroup | None) -> Tensor:
+def reduce_message(message: Tensor, norm_type: float, group_name: str | None) -> Tensor:
     """Every rank's contributions, [num_slots] float64, joined in place: a sum, or for p = ∞ a maximum."""
     if math.isinf(norm_type):
         # A maximum may lose a NaN on the way; an infinity is as good a witness.
         message.nan_to_num_(nan=math.inf, posinf=math.inf)
-    if group is not None:
-        dist.all_reduce(
-            message, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group
-        )
+    if group_name is None:
+        return message
+    largest = math.isinf(norm_type)
+    if torch.compiler.is_compiling():  # which knows groups by name only
+        reduced: Tensor = funcol.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
+        return reduced
+    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    dist.all_reduce(message, op=operation, group=resolve_group(group_name))
     return message
 
 

@@ -59,7 +59,7 @@ class Single:
         """
         whole = power_sum.clone()
         for axis in self.shards:
-            group = axis.group
-            whole = reduce_message(whole.to(message_device(group, [whole])), norm_type, group)
+            whole = whole.to(message_device(axis.group, [whole]))
+            whole = reduce_message(whole, norm_type, axis.group_name)
         whole = whole.to(power_sum.device)[0]
         return (whole if math.isinf(norm_type) else whole.pow(1.0 / norm_type)).float()

@@ -66,7 +66,7 @@ class Units:
                 for rows, (of_gradient, of_weight) in self._rows(i, gradient, weight):
                     message[0, rows] += _squares(of_gradient).to(plan.device) * share
                     message[1, rows] += _squares(of_weight).to(plan.device) * share
-        return reduce_message(message, 2.0, plan.group)
+        return reduce_message(message, 2.0, plan.group_name)
 
     def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
         """Multiply each unit by its own coefficient, [num_units] float32."""

@@ -14,10 +14,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip._accumulation import MicroBatch, Window
+from distclip._advice import Advice
 from distclip._apply import OnNonfinite, Outcome, change, require_policy, resolve
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
+from distclip._in_backward import require_gradients_after_backward
 from distclip._loss_scale import LossScale, reciprocal
 from distclip._measurement import Measurement
 from distclip._norms import Norms
@@ -104,6 +106,7 @@ class Clipper:
         self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
         self._measurement: Measurement | None = None
+        self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
 
     @property
     def plan(self) -> Plan:
@@ -114,6 +117,7 @@ class Clipper:
         if self._plan is None or not self._plan.fits(self.tensors):
             named = named_parameters(self._source)
             self.tensors = [p.tensor for p in named]
+            require_gradients_after_backward(named)
             self._plan = build_plan(named, self._process_group, self._stages)
             self._measurement = Measurement(self._plan, self.strategy, self.tensors, self._accumulate)
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
@@ -142,6 +146,7 @@ class Clipper:
         gradients, outcome = self._decide(None, self.on_nonfinite, param_norms=param_norms)
         change(outcome, gradients, self._measured.slots)
         self._window.close()
+        self._observe(outcome.report)
         return outcome.report
 
     @torch.no_grad()
@@ -196,6 +201,7 @@ class Clipper:
         loss_scale.finish(outcome.report.nonfinite)
         self.steps += 1
         self._window.close()
+        self._observe(outcome.report)
         return outcome.report
 
     @contextlib.contextmanager
@@ -249,6 +255,10 @@ class Clipper:
             report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
             outcome = replace(outcome, report=report)
         return gradients, outcome
+
+    def _observe(self, report: ClipReport) -> None:
+        if not torch.compiler.is_compiling():
+            self._advice.observe(report)
 
     def measure(self, gradients: Gradients) -> Norms:
         """The norms of gradients that have been collected for this clipper, as its strategy gets them."""

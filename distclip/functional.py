@@ -15,15 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _kernels as kernels
 from distclip._apply import OnNonfinite, change, resolve
+from distclip._decision import Scale
 from distclip._gradients import Gradients, collect
+from distclip._in_backward import require_gradients_after_backward
 from distclip._meter import Meter
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import Axis
 from distclip._plan import build_plan
 from distclip._runs import Collector
 from distclip._slots import Slots
-from distclip.strategies._base import require_bound, require_norm_type
-from distclip.strategies.global_norm import GlobalNorm
+from distclip.strategies._base import require_bound, require_norm_type, scale_to
 
 
 @torch.no_grad()
@@ -68,10 +69,11 @@ def clip_grad_norm_(
         >>> norm = distclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
         >>> optimizer.step()
     """
-    strategy = GlobalNorm(max_norm, norm_type)
-    gradients, meter = _prepare(parameters, strategy.norm_type, stages, process_group)
+    bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
+    gradients, meter = _prepare(parameters, p, stages, process_group)
     norms = meter(gradients)
-    decision = strategy.decide(norms)
+    # GlobalNorm(bound, p).forward, which cannot be made inside a compiled step
+    decision = Scale(scale_to(norms.total, bound, 1e-6), torch.full_like(norms.total, bound))
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
     outcome = resolve(decision, norms, policy)
     change(outcome, gradients, meter.slots)
@@ -155,7 +157,9 @@ def _prepare(
     key = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"), *map(id, tensors))
     entry = _prepared.get(key)
     if entry is None or not entry.is_for(tensors):
-        plan = build_plan(named_parameters(parameters), process_group, stages)
+        named = named_parameters(parameters)
+        require_gradients_after_backward(named)
+        plan = build_plan(named, process_group, stages)
         slots = Slots(("total",), (0,) * len(plan.parameters))
         meter = Meter(plan, slots, norm_type, torch.float32)
 

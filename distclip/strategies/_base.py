@@ -79,7 +79,16 @@ class Strategy(nn.Module):
 
     @torch.no_grad()
     def decide(self, norms: Norms) -> Decision:
-        """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped."""
+        """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped.
+
+        Raises:
+            ValueError: inside ``torch.compile``, with state on the CPU that it would not keep.
+        """
+        if torch.compiler.is_compiling() and any(_is_lost(buffer) for buffer in self.buffers()):
+            raise ValueError(
+                f"{type(self).__name__} keeps 0-dim float64 state on the CPU, whose changes a compiled "
+                "function loses (torch 2.13): clip outside of torch.compile"
+            )
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         decision = self.forward(norms)
         if before:
@@ -89,6 +98,10 @@ class Strategy(nn.Module):
             for name, buffer in self.named_buffers():
                 buffer.copy_(torch.where(counts, buffer, before[name]))
         return decision
+
+
+def _is_lost(buffer: Tensor) -> bool:
+    return buffer.dim() == 0 and buffer.dtype == torch.float64 and buffer.device.type == "cpu"
 
 
 def require_norm_type(norm_type: float | str) -> float:

@@ -223,7 +223,7 @@ class InBackward:
             else:
                 share = [1.0 / plan.multiplicities[i] for i, _ in rows]
                 sums.index_add_(0, slot, values * values.new_tensor(share))
-        before, after = reduce_message(sums, p, plan.group).view(2, size)
+        before, after = reduce_message(sums, p, plan.group_name).view(2, size)
         norms = Norms.from_power_sums(before, p, plan.names)
         clipped_norm = Norms.from_power_sums(after, p, plan.names).total
         total = norms.total

@@ -21,6 +21,8 @@ PUBLIC = {
     "Decision",
     "DistclipError",
     "GlobalNorm",
+    "History",
+    "InBackward",
     "NonFiniteError",
     "Norms",
     "OwnershipError",
@@ -38,6 +40,7 @@ PUBLIC = {
     "clip_grad_norm_",
     "clip_grad_value_",
     "declare",
+    "hooks",
     "total_grad_norm",
     "unscale_",
 }
