@@ -173,7 +173,7 @@ def _nonfinite(run: Run) -> list[Finding]:
     longest = int(np.argmax(ends - starts))
     length, first = int(ends[longest] - starts[longest]), int(run.step[starts[longest]])
     text = (
-        f"{int(bad.sum())} steps have a norm that is NaN or infinite, "
+        f"{int(bad.sum())} of {len(run)} norms are NaN or infinite, "
         f"the longest burst {length} from step {first}"
     )
     if length >= 5 or bad.mean() > 0.01:

@@ -9,12 +9,11 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -41,8 +40,7 @@ class ScalarWriter(Protocol):
 Sink: TypeAlias = ScalarWriter | Callable[[dict[str, Any]], object]
 
 
-@dataclass(frozen=True, eq=False)
-class _Entry:
+class _Entry(NamedTuple):
     step: int
     report: ClipReport
     threshold: Tensor | None  # 0-dim, a copy
@@ -64,7 +62,7 @@ class History:
     ``<path>.replaced``). Without, it goes on after the last step in the file.
 
     Args:
-        path: the file, ``run.jsonl`` say, or None to feed ``to`` only.
+        path: the file, ``run.jsonl`` say, or None to feed ``to`` only (without which it does nothing).
         to: where each step goes besides: TensorBoard's ``SummaryWriter``, or a callable that takes a dict
             (``wandb.log``, ``accelerator.log``, ``lambda d: mlflow.log_metrics(d, step=d["step"])``), or
             several. They are called when a block is written, with plain numbers.
@@ -107,6 +105,7 @@ class History:
             )
         self.path = None if path is None else Path(path)
         self._sinks: list[Sink] = list(to) if isinstance(to, Iterable) else [to]
+        self._idle = path is None and not self._sinks  # nowhere to go: keeps nothing
         self._strategy = None if strategy is None else written(strategy)
         self._whole = strategy is None or (not strategy.per_parameter and len(strategy.groups) == 1)
         self._every, self._depth = param_norms_every, module_depth
@@ -134,7 +133,7 @@ class History:
     def wants_param_norms(self) -> bool:
         """Whether the next step is one whose per-parameter norms are kept: pass it to
         ``clipper.clip(param_norms=...)``. The same on every rank that records every step."""
-        return self._every > 0 and self._calls % self._every == 0
+        return self._every > 0 and self._calls % self._every == 0 and not self._idle
 
     def record(
         self,
@@ -167,7 +166,7 @@ class History:
         elif self._step is not None and step <= self._step:
             self.flush()  # the run went back: first what was recorded before
         self._step = step
-        if not self._main:
+        if not self._main or self._idle:
             return
         # A strategy may report a buffer of its own, which the next step changes: the one copy that is made.
         threshold = report.threshold.clone() if report.threshold.dim() == 0 else None

@@ -178,7 +178,7 @@ class _Trend:
         rising = np.sign(self.medians[first:, None] - self.medians[None, first:])
         pairs = rising[np.tril_indices(blocks - first, -1)]
         consistent = abs(pairs.mean()) > 0.5 if pairs.size else False
-        self.drifts = bool(abs(self.change) > DRIFT and consistent)
+        self.drifts = bool(abs(self.change) > DRIFT and consistent and n >= FEW_STEPS)
 
 
 def _deviation(values: Floats) -> float:
@@ -272,7 +272,7 @@ def _reasons(
         warm = float(np.median(norms[: trend.start]))
         clipped = float((norms[: trend.start] > max_norm).mean())
         said.append(
-            f"The first {trend.start} steps are a warm-up (median norm {warm:.3g}, later "
+            f"The first {trend.start:,} steps are a warm-up (median norm {warm:.3g}, later "
             f"{np.median(calm):.3g}) and were left out. max_norm={max_norm:g} clips {clipped:.0%} of them, "
             + ("which is what protects a young model." if clipped > 0.2 else "so they stay as they are.")
         )

@@ -24,6 +24,11 @@ def advise(tmp_path: Path):  # type: ignore[no-untyped-def]
     return advise
 
 
+def test_no_drift_in_a_few_steps(advise) -> None:  # type: ignore[no-untyped-def]
+    """A young run falls: that is no reason yet for a threshold that follows."""
+    assert advise(synthetic.drifting(1 / 3, steps=80)).strategy.startswith("GlobalNorm(")
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("steps", [100, 1000, 20_000])
 def test_stationary(advise, seed: int, steps: int) -> None:  # type: ignore[no-untyped-def]
