@@ -150,6 +150,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # foreach operators do not take DTensors and plain tensors together, which tensor parallelism leaves.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, foreach=False)
     clipper = make_clipper(model, args)
+    history = distclip.History(args.history, strategy=clipper.strategy)  # of None, it records nothing
     draw = torch.Generator().manual_seed(args.seed)
 
     losses, norms, clipped = [], [], torch.zeros((), device=device)
@@ -160,8 +161,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         loss = F.cross_entropy(model(batch[:, :-1]), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        report = clipper.clip()
+        report = clipper.clip(param_norms=history.wants_param_norms)
         optimizer.step()
+        history.record(report, loss=loss, lr=args.lr)
 
         losses.append(loss.detach())
         norms.append(report.total_norm)
@@ -174,7 +176,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 refresh=False,
             )
     bar.close()
+    history.close()
     summarise(torch.stack(losses), torch.stack(norms), clipped / args.steps)
+    if args.history is not None and rank == 0:
+        advise(args.history)
 
 
 def summarise(losses: Tensor, norms: Tensor, clip_rate: Tensor) -> None:
@@ -190,6 +195,22 @@ def summarise(losses: Tensor, norms: Tensor, clip_rate: Tensor) -> None:
         print(f"clip rate: {clip_rate.item():.3f}")
         print(f"final loss: {final.item() / dist.get_world_size():.4f}")
         print(f"norms on all {dist.get_world_size()} ranks: {agree}")
+
+
+def advise(path: Path) -> None:
+    """What the norms of the run say about the threshold, and a page to look at."""
+    from distclip.monitor import read, recommend, write_page  # needs pip install 'distclip[cli]'
+
+    try:
+        run = read(path)
+        advised = recommend(run)
+        write_page(path.with_suffix(".html"), [run])
+    except ValueError as error:  # no finite norm, or too few steps
+        print(f"no recommendation: {error}")
+        return
+    rate = f"{advised.expected_clip_rate:.1%} of the steps clipped, here {run.clip_rate:.1%}"
+    print(f"recommended: {advised.strategy} ({rate})")
+    print(f"report: {path.with_suffix('.html')}")
 
 
 def start() -> torch.device:
@@ -229,6 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--history", type=Path, help="record the norms here, and recommend a threshold")
     args = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.parallel != "tp" and args.batch_size % world:

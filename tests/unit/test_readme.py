@@ -18,7 +18,8 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return loss
 
 
-def test_snippets_run(capsys) -> None:  # type: ignore[no-untyped-def]
+def test_snippets_run(capsys, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)  # a history is written
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
     assert len(snippets) >= 4
     model = nn.Linear(4, 3)
