@@ -17,6 +17,7 @@ import importlib
 import inspect
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -217,14 +218,35 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         return
     while (job := pipe.recv()) is not None:
         try:
-            test = getattr(importlib.import_module(job.module), job.name)
+            if job.module not in sys.modules:
+                importlib.import_module(job.module)
+                gc.freeze()  # what is imported lives on: it need not be looked through after every test
+            test = getattr(sys.modules[job.module], job.name)
             torch.manual_seed(0)
             args = (rank, *job.args) if job.with_rank else job.args
             result = test.__body__(*args, **job.kwargs)
             gc.collect()  # FSDP models die here, with the process group still alive
+            _drop_groups()
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _drop_groups() -> None:
+    """Destroy the process groups that a test has made: each has threads and sockets of its own.
+
+    Those of the meshes that ``tests.layouts`` shares between tests stay.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    from tests import layouts
+
+    keep = {group.group_name for mesh in layouts.MESHES.values() for group in mesh.get_all_groups()}
+    keep.add(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    dist.barrier()  # no rank is still in a collective of theirs
+    for group in [g for g in _world.pg_map if g.group_name not in keep]:
+        dist.destroy_process_group(group)
 
 
 def quiet_known_warnings() -> None:

@@ -171,12 +171,26 @@ def plain(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return nn.Parameter(torch.randn(*shape, dtype=dtype))
 
 
+# Meshes are shared between tests: to make one makes process groups, which takes long.
+MESHES: dict[tuple[tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
+
+
+def mesh(shape: tuple[int, ...], *names: str) -> DeviceMesh:
+    if (shape, names) not in MESHES:
+        MESHES[shape, names] = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return MESHES[shape, names]
+
+
 def mesh1(size: int, name: str = "dp") -> DeviceMesh:
-    return init_device_mesh("cpu", (size,), mesh_dim_names=(name,))
+    return mesh((size,), name)
 
 
 def mesh2(a: int, b: int, *names: str) -> DeviceMesh:
-    return init_device_mesh("cpu", (a, b), mesh_dim_names=names)
+    return mesh((a, b), *names)
+
+
+def mesh3(a: int, b: int, c: int, *names: str) -> DeviceMesh:
+    return mesh((a, b, c), *names)
 
 
 # --- one process ---------------------------------------------------------------------------------------
@@ -683,7 +697,7 @@ def pipeline_one_stage_sharded() -> Case:
 
 @layout(8, 1)
 def pipeline_fsdp2_tensor_parallel() -> Case:
-    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    mesh = mesh3(2, 2, 2, "pp", "dp", "tp")
     stage = mesh["pp"].get_local_rank()
     torch.manual_seed(60 + stage)
     model = Even()
