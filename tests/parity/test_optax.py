@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip.strategies import Chain, GlobalNorm, Strategy, Value
-from tests.parity.steps import STEPS, agree, clip, spiky_gradients
+from distclip.strategies import AGC, Chain, GlobalNorm, PerGroup, Strategy, Value
+from tests.parity.steps import STEPS, agree, clip, model, spiky_gradients
 
 
-def update(transform: Any, gradients: list[Tensor]) -> list[Tensor]:
-    arrays = [jnp.asarray(g.numpy()) for g in gradients]
-    updates, _ = transform.update(arrays, transform.init(arrays))
+def update(transform: Any, gradients: list[Tensor], parameters: list[Tensor] | None = None) -> list[Tensor]:
+    arrays, weights = ([jnp.asarray(t.detach().numpy()) for t in ts or ()] for ts in (gradients, parameters))
+    updates, _ = transform.update(arrays, transform.init(arrays), weights or None)
     return [torch.from_numpy(np.array(u)) for u in updates]
 
 
@@ -40,6 +40,29 @@ def test_every_step_as_optax(strategy: Strategy, transform: Any) -> None:
     touched = 0
     for (clipped, _), gradients in zip(clip(strategy, spiky_gradients()), spiky_gradients(), strict=True):
         assert agree(clipped, update(transform, gradients))
+        touched += not all(map(torch.equal, clipped, gradients))
+    assert 30 < touched <= STEPS
+
+
+def test_every_step_as_clip_by_block_rms() -> None:
+    """Its threshold is on the root of the mean square: of n elements, 1/√n of the norm."""
+    limits = {name: 0.1 * math.sqrt(p.numel()) for name, p in model().named_parameters()}
+    transform, touched = optax.clip_by_block_rms(0.1), 0
+    strategy = PerGroup(limits, eps=0)
+    for (clipped, _), gradients in zip(clip(strategy, spiky_gradients()), spiky_gradients(), strict=True):
+        assert agree(clipped, update(transform, gradients))
+        touched += not all(map(torch.equal, clipped, gradients))
+    assert 30 < touched < STEPS
+
+
+@pytest.mark.parametrize("clipping", [0.1, 1.0])
+def test_every_step_as_adaptive_grad_clip(clipping: float) -> None:
+    """A unit there is a column: its linear layers are [in, out]."""
+    transform, weights, touched = optax.adaptive_grad_clip(clipping, 1e-3), list(model().parameters()), 0
+    strategy = AGC(clipping, eps=1e-3, exclude=())
+    for (clipped, _), gradients in zip(clip(strategy, spiky_gradients()), spiky_gradients(), strict=True):
+        theirs = update(transform, *([t.T if t.dim() > 1 else t for t in ts] for ts in (gradients, weights)))
+        assert agree(clipped, [t.T if t.dim() > 1 else t for t in theirs])
         touched += not all(map(torch.equal, clipped, gradients))
     assert 30 < touched <= STEPS
 
