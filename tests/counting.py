@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class count_host_syncs(TorchDispatchMode):  # noqa: N801  (reads as a verb in `with`)
+class count_host_syncs(TorchDispatchMode):
     """Counts reads of a tensor's value by the host: ``.item()``, ``bool(t)``, ``float(t)``, ``.tolist()``."""
 
     def __init__(self) -> None:
