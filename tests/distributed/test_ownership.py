@@ -325,6 +325,7 @@ def test_the_same_list_is_planned_once(rank: int) -> None:
 @on_ranks(2)
 def test_a_dead_model_is_forgotten(rank: int) -> None:
     gc.collect()
+
     def remembered() -> int:
         return sum(entry is not None for entry in functional._prepared.values())
 
