@@ -37,4 +37,7 @@ install=("$python" -m pip install --quiet --disable-pip-version-check ${constrai
 # another. numpy with it: torch does not ask for it, and warns at import where it is missing.
 "${install[@]}" torch numpy
 "${install[@]}" --editable '.[dev]'
+# The parity tests read one file of timm, alone: with its needs it would bring torchvision, which a CPU build of
+# torch has none of.
+"${install[@]}" --no-deps timm
 echo "$wanted" >"$stamp"
