@@ -74,13 +74,13 @@ class AdaGC(Strategy):
         self.warmup = require_count("warmup", warmup, least=0)
         self.max_norm = require_bound("max_norm", max_norm)
         self._names: tuple[str, ...] | None = None  # of the parameters, in the order of the slots
-        self._loaded: dict[str, Tensor] | None = None  # state that came before the names
+        self._loaded: dict[str, float] | None = None  # state that came before the names
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         # Not persistent: saved with the names, see get_extra_state.
         self.register_buffer("average", torch.zeros(0, dtype=torch.float64), persistent=False)
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
-        known = dict(zip(self._names or (), self.average.unbind(), strict=True))
+        known = self._by_name()
         self._names = _told_apart(p.name for p in parameters)
         self.average = self.average.new_full((len(parameters),), math.inf)
         if self._loaded is not None:
@@ -114,13 +114,13 @@ class AdaGC(Strategy):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        if self._loaded is not None:
-            names, values = list(self._loaded), list(self._loaded.values())
-            return {"names": names, "average": torch.stack(values) if values else self.average}
-        return {"names": list(self._names or ()), "average": self.average}
+        # Lists of numbers, no tensors: torch.distributed.checkpoint loads a tensor only into one of its size,
+        # which a new AdaGC does not have yet, and one with other parameters never has.
+        averages = self._by_name() if self._loaded is None else self._loaded
+        return {"names": list(averages), "average": list(averages.values())}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        loaded = dict(zip(state["names"], state["average"].clone().unbind(), strict=True))
+        loaded = dict(zip(state["names"], map(float, state["average"]), strict=True))
         if self._names is None:
             self._loaded = loaded
         else:
@@ -128,13 +128,16 @@ class AdaGC(Strategy):
             self.average.fill_(math.inf)
             self._take(loaded)
 
-    def _take(self, known: dict[str, Tensor]) -> None:
-        if known and self._names:
-            nothing = self.average.new_tensor(math.inf)
-            values = [known.get(name, nothing).to(nothing) for name in self._names]
-            self.average.copy_(torch.stack(values))
+    def _by_name(self) -> dict[str, float]:
+        averages = self.average.to("cpu")  # one transfer, where there is anything to transfer
+        return dict(zip(self._names or (), map(float, averages), strict=True))
 
-    def _warn_of_differences(self, loaded: dict[str, Tensor]) -> None:
+    def _take(self, known: dict[str, float]) -> None:
+        if known and self._names:
+            values = [known.get(name, math.inf) for name in self._names]
+            self.average.copy_(torch.tensor(values, dtype=torch.float64))
+
+    def _warn_of_differences(self, loaded: dict[str, float]) -> None:
         names = set(self._names or ())
         added, removed = sorted(names - set(loaded)), sorted(set(loaded) - names)
         changes = []

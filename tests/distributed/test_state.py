@@ -22,10 +22,6 @@ SHAPES = {"embed.weight": (9, 4), "0.weight": (8, 3), "0.bias": (5,), "head.weig
 STEPS, SAVED_AFTER = 16, 8
 LEVELS = (3, 4, 3, math.nan, 3, 5, 4, 3, 4, 60, 3, 4, math.nan, 90, 3, 4)
 
-NOT_THROUGH_DCP = pytest.mark.xfail(
-    reason="DCP loads a tensor only into one of its size; AdaGC's averages are one, and empty at first",
-    strict=True,
-)
 
 STRATEGIES: dict[str, Callable[[], distclip.Strategy]] = {
     "Percentile": lambda: distclip.Percentile(60, multiplier=1.1, history=5, warmup=3, initial=1.0),
@@ -118,10 +114,7 @@ def continue_on_two(rank: int, name: str, folder: Path, expected: list[list[floa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=NOT_THROUGH_DCP) if n in ("AdaGC", "Chain") else n for n in STRATEGIES],
-)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_saved_on_four_ranks_and_continued_on_two_and_on_one(name: str, tmp_path: Path) -> None:
     named = model()
     uninterrupted = follow(distclip.Clipper(named.items(), STRATEGIES[name]()), named, range(STEPS))
@@ -163,9 +156,7 @@ def continue_with_other_parameters(rank: int, folder: Path, distributed: bool) -
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "distributed", [False, pytest.param(True, marks=NOT_THROUGH_DCP)], ids=["torch.save", "DCP"]
-)
+@pytest.mark.parametrize("distributed", [False, True], ids=["torch.save", "DCP"])
 def test_adagc_survives_added_and_removed_parameters(distributed: bool, tmp_path: Path) -> None:
     save_on_four("AdaGC", tmp_path)
     continue_with_other_parameters(tmp_path, distributed)
