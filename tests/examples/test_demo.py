@@ -45,4 +45,4 @@ def test_demo(tmp_path: Path) -> None:
         live = np.asarray(getattr(run, recorded), dtype=np.float32)  # as they were, before decimal digits
         replayed = np.array([getattr(r, field).item() for r in again], dtype=live.dtype)
         assert np.array_equal(live, replayed), field
-    assert 0 < np.asarray(run.clipped).sum() < 150
+    assert run.clipped.any()
