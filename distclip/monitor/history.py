@@ -132,8 +132,9 @@ class History:
     @property
     def wants_param_norms(self) -> bool:
         """Whether the next step is one whose per-parameter norms are kept: pass it to
-        ``clipper.clip(param_norms=...)``. The same on every rank that records every step."""
-        return self._every > 0 and self._calls % self._every == 0 and not self._idle
+        ``clipper.clip(param_norms=...)``. The same on every rank that records every step, also where only
+        rank 0 was given a destination: ranks that ask for different norms would wait for each other."""
+        return self._every > 0 and self._calls % self._every == 0
 
     def record(
         self,

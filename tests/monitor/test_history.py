@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+import distclip
 from distclip.monitor import History
+from tests.harness import on_ranks
 from tests.monitor.synthetic import counting_reads, report
 
 
@@ -243,7 +247,7 @@ def test_sinks(tmp_path: Path) -> None:
 
 def test_nowhere_to_go() -> None:
     history = History(None, block=2)
-    assert not history.wants_param_norms
+    assert history.wants_param_norms  # as on a rank that was given a destination: no rank may ask for less
     with counting_reads() as reads:
         for _ in range(5):
             history.record(report(1.0))
@@ -283,3 +287,24 @@ def test_needs_torch_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@on_ranks(2)
+def test_a_destination_on_rank_0_alone(rank: int) -> list[float]:
+    """The message of a step has the same length on every rank, wherever the history goes."""
+    seen: list[dict[str, Any]] = []
+    history = distclip.History(None, to=[seen.append] if rank == 0 else [], param_norms_every=2)
+    named = [(name, nn.Parameter(torch.ones(3, 2))) for name in "abc"]
+    for _, parameter in named:
+        distclip.declare(parameter, sharded_over=dist.group.WORLD)
+    clipper = distclip.Clipper(named, distclip.GlobalNorm(1.0))
+    norms = []
+    for step in range(5):
+        for _, parameter in named:
+            parameter.grad = torch.full((3, 2), 1.0 + rank + step)
+        report = clipper.clip(param_norms=history.wants_param_norms)
+        history.record(report)
+        norms.append(report.total_norm.item())
+    history.close()
+    assert len([d for d in seen if "step" in d]) >= (5 if rank == 0 else 0)
+    return norms
