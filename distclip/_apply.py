@@ -110,6 +110,7 @@ def resolve(
         skipped=skipped,
         norm_type=norms.norm_type,
         direction=None if clamp is None else clamp.direction,
+        loss=norms.loss,
     )
     return Outcome(
         report,

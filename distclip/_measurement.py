@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -28,6 +29,11 @@ class Measurement:
     def __init__(
         self, plan: Plan, strategy: Strategy, tensors: Sequence[Tensor], accumulate: torch.dtype
     ) -> None:
+        if strategy.uses_loss and (strategy.per_unit or math.isinf(strategy.norm_type)):
+            raise ValueError(
+                f"{strategy}: the loss travels in a sum, which norms of p = ∞ and those of units do not "
+                "share: give the strategy another norm_type, or judge the loss in a strategy of its own"
+            )
         self.slots: Slots | Units = Units.of(plan, tensors) if strategy.per_unit else slots_of(strategy, plan)
         self._plan, self._strategy, self._tensors = plan, strategy, tensors
         self._accumulate = accumulate
@@ -47,25 +53,36 @@ class Measurement:
         return self._collectors[param_norms](self._tensors)
 
     def norms(
-        self, gradients: Gradients, param_norms: bool = False, factor: Tensor | None = None
+        self,
+        gradients: Gradients,
+        param_norms: bool = False,
+        factor: Tensor | None = None,
+        loss: Tensor | None = None,
     ) -> tuple[Norms, Norms | None]:
         """The norms that the strategy wants, and those of the parameters where they are measured as well.
 
         Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
-        One all-reduce at most.
+        One all-reduce at most. ``loss``: [] this rank's, or None where it has none.
         """
         if isinstance(self.slots, Units):
             return self._norms_of_units(self.slots, gradients, param_norms)
         plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
         meter = self._meter(param_norms or own)
-        sums, extra = meter.power_sums(gradients, factor)
+        count = self._strategy.num_extra
+        beside = _with_count(loss, plan.device) if self._strategy.uses_loss else None
+        sums, tail = meter.power_sums(gradients, factor, beside)
         by_parameter = meter.norms(sums) if param_norms or own else None
         if param_norms and not own:
             if self._slot_of_every is None:
                 groups = groups_of_every(self._strategy, plan)
                 self._slot_of_every = torch.tensor(groups, dtype=torch.int64, device=sums.device)
             sums = regroup(sums, self._slot_of_every, self.slots.size, p)
-        return replace(Norms.from_power_sums(sums, p, self.slots.labels), extra=extra), by_parameter
+        norms = replace(
+            Norms.from_power_sums(sums, p, self.slots.labels),
+            extra=tail[:count] if count else None,
+            loss=(tail[count] / tail[count + 1]).float() if beside is not None else None,
+        )
+        return norms, by_parameter
 
     def _norms_of_units(
         self, units: Units, gradients: Gradients, param_norms: bool
@@ -87,3 +104,10 @@ class Measurement:
             extra = (s.num_extra, s.elementwise) if s.num_extra else None
             self._meters[every_parameter] = Meter(self._plan, slots, s.norm_type, self._accumulate, extra)
         return self._meters[every_parameter]
+
+
+def _with_count(loss: Tensor | None, device: torch.device) -> Tensor:
+    """[2] float64: what makes a mean over the ranks that have a loss."""
+    if loss is None:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack([loss.to(device, torch.float64), torch.ones((), dtype=torch.float64, device=device)])

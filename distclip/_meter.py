@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,30 +40,36 @@ class Meter:
         self._shares: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, gradients: Gradients, factor: Tensor | None = None) -> Norms:
-        sums, extra = self.power_sums(gradients, factor)
-        return self.norms(sums, extra)
+        return self.norms(self.power_sums(gradients, factor)[0])
 
-    def power_sums(self, gradients: Gradients, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and the extra
-        sums, [num_extra] float64, of the gradients times ``factor``."""
+    def power_sums(
+        self, gradients: Gradients, factor: Tensor | None = None, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and what has
+        travelled with them, float64: the extra sums of the gradients times ``factor``, then the sums over
+        ranks of the numbers ``beside``."""
         plan, p = self.plan, self._norm_type
         message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
         for bucket in gradients.buckets:
             contribution = self._contribution(bucket).to(plan.device)
             message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
-        if self._extra is None:
-            return reduce_message(message, p, plan.group_name), None
-        count, elementwise = self._extra
-        extra = torch.zeros(count, dtype=torch.float64, device=plan.device)
-        for bucket in gradients.buckets:
-            for gradient, i in zip(bucket.tensors, bucket.parameters, strict=True):
-                unscaled = gradient if factor is None else gradient * factor.to(gradient.device)
-                extra += elementwise(unscaled).to(plan.device) / plan.multiplicities[i]
-        message = reduce_message(torch.cat([message, extra]), p, plan.group_name)
+        parts = [message]
+        if self._extra is not None:
+            count, elementwise = self._extra
+            extra = torch.zeros(count, dtype=torch.float64, device=plan.device)
+            for bucket in gradients.buckets:
+                for gradient, i in zip(bucket.tensors, bucket.parameters, strict=True):
+                    unscaled = gradient if factor is None else gradient * factor.to(gradient.device)
+                    extra += elementwise(unscaled).to(plan.device) / plan.multiplicities[i]
+            parts.append(extra)
+        if beside is not None:
+            parts.append(beside)
+        message = torch.cat(parts) if len(parts) > 1 else message
+        message = reduce_message(message, p, plan.group_name)
         return message[: self.slots.size], message[self.slots.size :]
 
-    def norms(self, power_sums: Tensor, extra: Tensor | None = None) -> Norms:
-        return replace(Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels), extra=extra)
+    def norms(self, power_sums: Tensor) -> Norms:
+        return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels)
 
     def _contribution(self, bucket: Bucket) -> Tensor:
         """[num_slots] float64: what one bucket adds; each element counts 1 / multiplicity."""

@@ -33,6 +33,7 @@ class Norms:
         norm_type: p of the norms.
         weights: [num_slots] float32, the norms of the parameters themselves, for a ``per_unit`` strategy.
         extra: [num_extra] float64, the sums of what a strategy's ``elementwise`` returned.
+        loss: [] float32, the mean over the ranks that gave one, for a strategy that ``uses_loss``.
     """
 
     total: Tensor
@@ -41,6 +42,7 @@ class Norms:
     labels: tuple[str, ...] = field(default=("total",), repr=False)  # [num_slots], not of units
     weights: Tensor | None = None
     extra: Tensor | None = None
+    loss: Tensor | None = None
 
     def times(self, factor: Tensor) -> Norms:
         """The norms of the gradient multiplied by a factor ≥ 0, [] float32."""

@@ -78,10 +78,12 @@ def build_plan(
     stages: dist.ProcessGroup | DeviceMesh | None = None,
     *,
     alone: bool = False,
+    everyone: bool = False,
 ) -> Plan:
     """Plan the clipping of a list of parameters. To be called by every rank in scope, or by none.
 
-    ``alone`` plans what needs no other rank, and does not talk: elementwise changes.
+    ``alone`` plans what needs no other rank, and does not talk: elementwise changes. ``everyone`` reduces
+    over the whole scope, replicas too: for what differs between ranks that hold the same parameters.
 
     Raises:
         OwnershipError: on every rank, see ``_ownership``.
@@ -106,7 +108,10 @@ def build_plan(
     ]
     for row, p in zip(agreed.rows, parameters, strict=True):
         every[row] = replace(p.info, name=every[row].name)
-    group, size = _reduction_group(placements, scope, agreed.sharded)
+    if everyone and scope.size > 1:
+        group, size = scope.group(), scope.size
+    else:
+        group, size = _reduction_group(placements, scope, agreed.sharded)
     return Plan(
         parameters=tuple(p.info for p in parameters),
         positions=tuple(trains),

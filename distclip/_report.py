@@ -23,6 +23,7 @@ class ClipReport:
         skipped: bool, whether the optimizer step should be left out. Gradients of a skipped step are
             left as they were.
         direction: float32, the cosine between the gradient before and after, where the strategy measures it.
+        loss: float32, the mean over ranks of the loss that the strategy judged, where it does.
         norm_type: p of the norms (∞ for value clipping).
 
     ``print(report)`` and :meth:`to_dict` read the values, which waits for the device once.
@@ -37,6 +38,7 @@ class ClipReport:
     skipped: Tensor
     norm_type: float = 2.0
     direction: Tensor | None = None
+    loss: Tensor | None = None
     _parameter_norms: Tensor | None = field(default=None, repr=False)  # [num_parameters] float32
     _parameter_names: tuple[str, ...] = field(default=(), repr=False)  # [num_parameters]
 

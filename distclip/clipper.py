@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from distclip._accumulation import MicroBatch, Window
 from distclip._advice import Advice
@@ -118,7 +119,9 @@ class Clipper:
             named = named_parameters(self._source)
             self.tensors = [p.tensor for p in named]
             require_gradients_after_backward(named)
-            self._plan = build_plan(named, self._process_group, self._stages)
+            self._plan = build_plan(
+                named, self._process_group, self._stages, everyone=self.strategy.uses_loss
+            )
             self._measurement = Measurement(self._plan, self.strategy, self.tensors, self._accumulate)
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
@@ -126,24 +129,27 @@ class Clipper:
         return self._plan
 
     @torch.no_grad()
-    def clip(self, *, param_norms: bool = False) -> ClipReport:
+    def clip(self, *, loss: Tensor | None = None, param_norms: bool = False) -> ClipReport:
         """Clip the gradients in place: after ``backward``, before ``optimizer.step``, on every rank.
 
         One all-reduce of as many numbers as norms are asked for, none where all ranks hold everything;
         no host synchronisation.
 
         Args:
+            loss: [] the loss of this rank's batch, for a strategy that judges the mean over ranks
+                (``SkipSpikes(use_loss=True)``). With ``stages``, ranks that have none leave it out.
             param_norms: also measure every parameter, for ``report.param_norms`` (still one all-reduce).
                 Must be the same on every rank.
 
         Raises:
+            ValueError: the strategy judges the loss, and there is none.
             NonFiniteError: on every rank, where ``on_nonfinite="raise"`` and the norm is not finite.
         """
         if self._deferred:
             raise ValueError(
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
-        gradients, outcome = self._decide(None, self.on_nonfinite, param_norms=param_norms)
+        gradients, outcome = self._decide(None, self.on_nonfinite, loss, param_norms=param_norms)
         change(outcome, gradients, self._measured.slots)
         self._window.close()
         self._observe(outcome.report)
@@ -155,6 +161,7 @@ class Clipper:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scaler: GradScaler | None = None,
         *,
+        loss: Tensor | None = None,
         param_norms: bool = False,
     ) -> ClipReport:
         """Unscale once, measure, decide, clip, step or skip, update the scale: after ``backward``, on every
@@ -170,6 +177,7 @@ class Clipper:
                 among the clipper's.
             scaler: ``torch.amp.GradScaler`` or ``ShardedGradScaler`` that scaled the loss, if any. Its
                 ``unscale_`` may have been called before. ``scaler.update()`` is called here.
+            loss: as for :meth:`clip`; not multiplied by the loss scale.
             param_norms: as for :meth:`clip`.
 
         Raises:
@@ -190,7 +198,7 @@ class Clipper:
         policy = self.on_nonfinite
         if policy == "propagate" and loss_scale.scaler is not None:
             policy = "skip"
-        gradients, outcome = self._decide(loss_scale.inverse, policy, param_norms=param_norms)
+        gradients, outcome = self._decide(loss_scale.inverse, policy, loss, param_norms=param_norms)
         grad_scale = None
         if self._deferred:
             grad_scale = _grad_scale(outcome)
@@ -236,14 +244,21 @@ class Clipper:
             yield MicroBatch(self._window)
 
     def _decide(
-        self, inverse_scale: Tensor | None, policy: OnNonfinite, *, param_norms: bool
+        self,
+        inverse_scale: Tensor | None,
+        policy: OnNonfinite,
+        loss: Tensor | None,
+        *,
+        param_norms: bool,
     ) -> tuple[Gradients, Outcome]:
         """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
         self.require_synchronised()
         plan = self.plan
+        if self.strategy.uses_loss:
+            loss = _local_loss(loss, optional=plan.scope.stages is not None)
         gradients = self._measured.collect(param_norms)
         factor = self._factor(inverse_scale, plan.device)
-        norms, by_parameter = self._measured.norms(gradients, param_norms, factor)
+        norms, by_parameter = self._measured.norms(gradients, param_norms, factor, loss)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
@@ -374,6 +389,24 @@ class Clipper:
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))
+
+
+def _local_loss(loss: Tensor | None, *, optional: bool) -> Tensor | None:
+    """[] as this rank has it.
+
+    Raises:
+        ValueError: there is none, or it is not one number.
+    """
+    if loss is None:
+        if optional:
+            return None
+        raise ValueError("the strategy judges the loss: give it, clipper.step(optimizer, loss=loss)")
+    loss = loss.detach()
+    if isinstance(loss, DTensor):
+        loss = loss.full_tensor()
+    if loss.numel() != 1:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}: expected one number")
+    return loss.reshape(())
 
 
 def _grad_scale(outcome: Outcome) -> Tensor:

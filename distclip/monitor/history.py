@@ -148,13 +148,16 @@ class History:
 
         Args:
             step: its number; by default one more than the last.
-            loss: 0-dim, on any device; it is not waited for.
+            loss: 0-dim, on any device; it is not waited for. By default the mean that the strategy judged,
+                if it did.
             lr: the learning rate of this step.
 
         Raises:
             ValueError: the loss is not one number.
         """
         details, self._calls = self.wants_param_norms, self._calls + 1
+        if loss is None:
+            loss = report.loss
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss has shape {tuple(loss.shape)}: expected one number")

@@ -71,6 +71,11 @@ def require_replayable(run: Run, strategy: Strategy) -> None:
             f"{len(run.param_steps)} of {len(run)} steps have them: record with "
             "History(..., param_norms_every=1) and clip(param_norms=history.wants_param_norms)"
         )
+    if strategy.uses_loss and np.isnan(run.loss).all():
+        raise HistoryError(
+            f"{run.name}: {type(strategy).__name__} judges the loss, which was not recorded: "
+            "history.record(report, loss=loss)"
+        )
 
 
 def needs_details(strategy: Strategy) -> bool:
@@ -81,13 +86,15 @@ def _replay(run: Run, strategy: Strategy, on_nonfinite: OnNonfinite) -> Iterator
     strategy.prepare([ParameterInfo(name, torch.Size()) for name in run.param_names])
     totals = torch.from_numpy(run.norm.astype(np.float32))
     slots = torch.from_numpy(run.param_norms) if needs_details(strategy) else totals.unsqueeze(1)
+    losses = torch.from_numpy(run.loss.astype(np.float32)) if strategy.uses_loss else None
     labels = run.param_names if strategy.per_parameter else strategy.groups
     index = None
     if not strategy.per_parameter and len(strategy.groups) > 1:
         index = torch.tensor([strategy.group_of(ParameterInfo(n, torch.Size())) for n in run.param_names])
     for i, (step, total) in enumerate(zip(run.step.tolist(), totals.unbind(), strict=True)):
         row = slots[i] if index is None else grouped(slots[i], index, len(strategy.groups), run.norm_type)
-        norms = Norms(total, row, run.norm_type, labels)
+        loss = None if losses is None else losses[i]
+        norms = Norms(total, row, run.norm_type, labels, loss=loss)
         report = resolve(strategy.decide(norms), norms, on_nonfinite).report
         if strategy.per_parameter:
             report = replace(report, _parameter_norms=row, _parameter_names=run.param_names)

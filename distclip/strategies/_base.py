@@ -22,7 +22,7 @@ class Strategy(nn.Module):
     same on every rank. Register whatever must be remembered as buffers; they are moved to the norms'
     device, travel in ``state_dict()``, and are rolled back when a step turns out non-finite or skipped.
 
-    A strategy keeps these laws (``tests/laws`` runs them over every strategy):
+    A strategy keeps these laws, which ``distclip.testing.check_strategy`` runs over one of your own:
 
     - *pure*: it reads nothing but ``norms`` and its own buffers, and changes nothing but its buffers;
       the same history gives the same decisions, on every rank and when replayed from a log;
@@ -36,6 +36,8 @@ class Strategy(nn.Module):
         per_unit: true to get one norm for every unit (row of dim 0, or whole parameter of one dim) in
             ``norms.slots``, and the norms of the parameters' own units in ``norms.weights``. p is 2.
         num_extra: how many sums :meth:`elementwise` returns.
+        uses_loss: true to get the step's loss in ``norms.loss``: then ``clip`` and ``step`` ask for it, and
+            the one all-reduce goes over all ranks, also where all hold the same. p ≠ ∞.
         by_element: true if it decides on a ``Clamp`` with a ``unit``, which is asked parameter by parameter.
         groups: otherwise, the labels of the slots; :meth:`group_of` assigns parameters to them.
 
@@ -51,6 +53,7 @@ class Strategy(nn.Module):
     per_parameter: bool = False
     per_unit: bool = False
     num_extra: int = 0
+    uses_loss: bool = False
     by_element: bool = False
     groups: tuple[str, ...] = ("total",)
 

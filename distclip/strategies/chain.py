@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -66,6 +67,7 @@ class Chain(Strategy):
             )
         self.norm_type = norm_types.pop()
         self.per_parameter = any(not _is_global(link) for link in links)
+        self.uses_loss = any(link.uses_loss for link in links)
         clamps = [i for i, link in enumerate(links) if isinstance(link, Value)]
         if clamps and not all(_is_global(link) for link in links[clamps[0] :]):
             raise ValueError(
@@ -130,14 +132,14 @@ def _seen_by(link: Strategy, norms: Norms, index: Tensor | None) -> Norms:
     if link.per_parameter:
         return norms
     if index is None:
-        return Norms(norms.total, norms.total.view(1), norms.norm_type)
+        return replace(norms, slots=norms.total.view(1), labels=("total",))
     p, parts = norms.norm_type, norms.slots.double()
     groups = parts.new_zeros(len(link.groups))
     if math.isinf(p):
         groups.scatter_reduce_(0, index, parts, "amax")
     else:
         groups = groups.index_add_(0, index, parts.pow(p)).pow(1 / p)
-    return Norms(norms.total, groups.float(), p, link.groups)
+    return replace(norms, slots=groups.float(), labels=link.groups)
 
 
 def _spread(values: Tensor, link: Strategy, index: Tensor | None) -> Tensor:
@@ -153,7 +155,7 @@ def _scaled(norms: Norms, coefficient: Tensor) -> Norms:
         total = norms.total * coefficient
     else:  # bit for bit the same total where nothing was clipped
         total = torch.where((coefficient == 1).all(), norms.total, combine(slots, norms.norm_type))
-    return Norms(total, slots, norms.norm_type, norms.labels)
+    return replace(norms, total=total, slots=slots)
 
 
 def _clamped(norms: Norms, bound: Tensor, following: Sequence[Strategy]) -> Norms:
@@ -164,7 +166,7 @@ def _clamped(norms: Norms, bound: Tensor, following: Sequence[Strategy]) -> Norm
             "a strategy that clamps elements is followed by others, which need norms that are no longer "
             "known: put it last"
         )
-    return Norms(torch.minimum(norms.total, bound), torch.minimum(norms.slots, bound), norms.norm_type)
+    return replace(norms, total=torch.minimum(norms.total, bound), slots=torch.minimum(norms.slots, bound))
 
 
 def _smallest(thresholds: Sequence[Tensor]) -> Tensor:

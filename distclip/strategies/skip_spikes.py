@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
@@ -35,12 +36,17 @@ class SkipSpikes(Strategy):
     and ∞ are spikes too (before it, they are left to ``on_nonfinite`` alone). If all previous norms are
     equal, s is 0 and any larger norm is a spike.
 
+    With ``use_loss=True`` the loss is judged in the same way beside the norm, and a step is skipped if either
+    is a spike, or if the loss is not finite. Give it to :meth:`Clipper.step` (or ``clip``): the mean over the
+    ranks that have one is what counts, so that all decide alike. If no rank gives one, the mean is NaN.
+
     Args:
         window: how many previous norms are compared with, ≥ 2.
         sigma: number of standard deviations, ≥ 0.
         min_history: number of norms, this one included, from which on steps are judged, in
             [3, window + 1]. (64 of a window of 128 is what OLMo-core does.)
         norm_type: p, one of 0.5, 1, 2, 3, ∞.
+        use_loss: judge the loss too. Not with p = ∞.
 
     Raises:
         ValueError: an argument is not in its range.
@@ -56,27 +62,43 @@ class SkipSpikes(Strategy):
         *,
         min_history: int = 64,
         norm_type: float | str = 2.0,
+        use_loss: bool = False,
     ) -> None:
         super().__init__()
         self.history = History(require_count("window", window, least=2))
+        self.uses_loss = bool(use_loss)
+        if self.uses_loss:
+            self.losses = History(window)
         self.sigma = require_bound("sigma", sigma)
         self.min_history = require_count("min_history", min_history, least=3)
         if min_history > window + 1:
             raise ValueError(f"{min_history=} is more than {window=} keeps, so no step would ever be judged")
         self.norm_type = require_norm_type(norm_type)
+        if self.uses_loss and math.isinf(self.norm_type):
+            raise ValueError("use_loss=True with norm_type=inf: the loss travels in the sum of a finite p")
 
     def forward(self, norms: Norms) -> Decision:
-        mean, std = self.history.mean_and_std()
-        judged = self.history.count + 1 >= self.min_history
-        above = norms.total.double() - mean
-        spike = judged & ~(above <= self.sigma * std)  # NaN is one
-        threshold = torch.where(judged, mean + self.sigma * std, math.inf).float()
+        spike, threshold = self._judge(norms.total, self.history)
         self.history.append(norms.total)
+        if norms.loss is not None and self.uses_loss:
+            spike = spike | self._judge(norms.loss, self.losses)[0] | ~torch.isfinite(norms.loss)
+            self.losses.append(norms.loss)
         return Scale(torch.ones_like(norms.total), threshold, skip=spike)
+
+    def _judge(self, value: Tensor, history: History) -> tuple[Tensor, Tensor]:
+        """Whether it is a spike, and the largest value that would be none."""
+        mean, std = history.mean_and_std()
+        judged = history.count + 1 >= self.min_history
+        above = value.double() - mean
+        spike = judged & ~(above <= self.sigma * std)  # NaN is one
+        return spike, torch.where(judged, mean + self.sigma * std, math.inf).float()
 
     def forget(self) -> None:
         """Drop the history: the next ``min_history - 1`` steps are not judged."""
         self.history.clear()
+        if self.uses_loss:
+            self.losses.clear()
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma}, min_history={self.min_history}"
+        loss = ", use_loss=True" if self.uses_loss else ""
+        return f"sigma={self.sigma}, min_history={self.min_history}{loss}"

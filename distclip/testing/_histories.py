@@ -76,4 +76,8 @@ def norms_for(strategy: Strategy, parts: Tensor) -> Norms:
     if strategy.num_extra:
         one_each = [part.view(1).float() for part in parts]  # gradients of one element
         extra = torch.stack([strategy.elementwise(g) for g in one_each]).sum(0)
-    return replace(Norms.from_power_sums(sums, strategy.norm_type, labels), weights=weights, extra=extra)
+    loss = None
+    if strategy.uses_loss:  # falls and jumps with the norm, and is NaN with it
+        loss = parts.sum().log1p().float()
+    norms = Norms.from_power_sums(sums, strategy.norm_type, labels)
+    return replace(norms, weights=weights, extra=extra, loss=loss)

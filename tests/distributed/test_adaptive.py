@@ -18,29 +18,6 @@ from tests.distributed.test_laws import bits, local, tolerance
 from tests.harness import on_row
 from tests.layouts import LAYOUTS, Case
 
-ROWS = {
-    name: LAYOUTS[name]
-    for name in (
-        "single",
-        "single_mixed_dtypes",
-        "ddp_bucket_view",
-        "fsdp2_nested_uneven_empty",
-        "fsdp2_four_ranks",
-        "hsdp",
-        "sequence_parallel",
-        "fsdp2_tensor_parallel",
-        "unrelated_meshes",
-        "fsdp1_flat_parameters",
-        "fsdp1_original_parameters",
-        "fsdp1_hybrid",
-        "declared_tensor_parallel",
-        "declared_partial",
-        "declared_experts",
-        "pipeline",
-        "pipeline_one_stage_sharded",
-    )
-}
-
 SCALES = (1.0, 1.1, 0.9, math.nan, 1.0, 30.0, 1.2)  # of the gradients of each step
 SPIKE = 5
 
@@ -52,6 +29,7 @@ def strategies(n: float) -> dict[str, Callable[[], distclip.Strategy]]:
         "ZClip": lambda: distclip.ZClip(warmup=3, max_norm=2.0 * n),
         "AdaGC": lambda: distclip.AdaGC(warmup=2, max_norm=0.8 * n),
         "SkipSpikes": lambda: distclip.SkipSpikes(4, 3.0, min_history=3),
+        "SkipSpikes, loss": lambda: distclip.SkipSpikes(4, 3.0, min_history=3, use_loss=True),
         "GlobalNorm, Warmup": lambda: distclip.GlobalNorm(distclip.Warmup(0.1 * n, 2.0 * n, steps=4)),
         "PerParameter, Cosine": lambda: distclip.PerParameter(distclip.Cosine(0.5 * n, 0.1 * n, steps=4)),
         "Chain": lambda: distclip.Chain(
@@ -75,6 +53,16 @@ def leave_gradients(case: Case, row: str, step: int) -> None:
                 local(tensor.grad).mul_(SCALES[step])
 
 
+def mean_loss(step: int) -> float:
+    return 2.0 + 0.1 * step
+
+
+def loss_of_rank(step: int) -> Tensor:
+    """Another on every rank; the mean over ranks is that of the step."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return torch.tensor(mean_loss(step) + rank - (world - 1) / 2)
+
+
 def numbers(report: distclip.ClipReport) -> list[float]:
     """What has been decided. Slots may come in another order."""
     thresholds = [float(t) for t in report.threshold.flatten().sort().values]
@@ -91,13 +79,15 @@ class OneProcess:
         self.named = {name: nn.Parameter(torch.zeros_like(g)) for name, g in whole.items()}
         self.clipper = distclip.Clipper(self.named.items(), strategy, process_group=alone)
 
-    def clip(self, whole: dict[str, Tensor]) -> tuple[distclip.ClipReport, dict[str, Tensor | None]]:
+    def clip(
+        self, whole: dict[str, Tensor], loss: Tensor
+    ) -> tuple[distclip.ClipReport, dict[str, Tensor | None]]:
         for name, parameter in self.named.items():
             parameter.grad = whole[name].clone()
-        return self.clipper.clip(), {name: p.grad for name, p in self.named.items()}
+        return self.clipper.clip(loss=loss), {name: p.grad for name, p in self.named.items()}
 
 
-@on_row(ROWS)
+@on_row(LAYOUTS)
 def test_every_step_equals_one_process(row: str) -> list[str]:
     case = LAYOUTS[row].build()
     case.backward(10)
@@ -116,11 +106,12 @@ def test_every_step_equals_one_process(row: str) -> list[str]:
                 next(g for g in whole.values() if g.numel()).view(-1)[0] = math.nan
             one = one or OneProcess(make(), whole, alone)
             with CommDebugMode() as comm, count_host_syncs() as syncs:
-                report = clipper.clip()
-            # AdaGC's too, which sends one number a parameter.
-            assert comm.get_total_counts() == LAYOUTS[row].collectives, name
+                report = clipper.clip(loss=loss_of_rank(step))
+            # AdaGC's too, which sends one number a parameter. A loss has to be averaged, of replicas too.
+            least = clipper.strategy.uses_loss and LAYOUTS[row].world > 1
+            assert comm.get_total_counts() == max(LAYOUTS[row].collectives, least), name
             assert syncs.count <= 1, name  # on the CPU one look at whether anything is clipped
-            expected, gradients = one.clip(whole)
+            expected, gradients = one.clip(whole, torch.tensor(mean_loss(step)))
             assert numbers(report) == pytest.approx(numbers(expected), rel=1e-5, nan_ok=True), (name, step)
             touched.append(bool(report.clipped | report.skipped))
             said.append(f"{name}: {report}")

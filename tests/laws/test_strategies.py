@@ -66,6 +66,7 @@ ROWS = [
     Row("zclip", lambda: ZClip(warmup=5, max_norm=3.0)),
     Row("adagc", lambda: AdaGC(warmup=4)),
     Row("skip spikes", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5)),
+    Row("skip spikes, loss", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5, use_loss=True)),
     Row("chain, global", lambda: Chain(SkipSpikes(8, 3.0, min_history=5), ZClip(warmup=5), GlobalNorm(0.7))),
     Row(
         "chain, value last",
