@@ -7,11 +7,16 @@
 The processes are started once per world size and pytest worker, from a fork server that has torch
 imported already, and meet through a FileStore. After any failure or timeout the whole pool is killed: a
 rank that skipped a collective would break the next, innocent test. Every rank's traceback is shown.
+
+A rank that is killed by a signal gives no verdict: the test is run again on new ranks, once, and a warning
+says so and where the rank was. (Seen twice in some thirty thousand tests, as "free(): invalid pointer" inside
+native code; with AddressSanitizer and valgrind underneath the same tests ran clean.)
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import inspect
@@ -26,6 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +44,10 @@ _START_TIMEOUT = 120.0
 
 class RankFailure(AssertionError):
     """What went wrong, by rank."""
+
+
+class RankKilled(RankFailure):
+    """A rank was ended by a signal, in native code."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class RankPool:
     def _gather(self, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
+        killed = False
         deadline = time.monotonic() + timeout
         waiting = dict(enumerate(self._pipes))
         while waiting:
@@ -91,18 +102,30 @@ class RankPool:
                     try:
                         ok, value = pipe.recv()
                     except EOFError:
-                        ok, value = False, "the process died"
+                        self._processes[rank].join(5)
+                        code = self._processes[rank].exitcode
+                        killed = killed or (code is not None and code < 0)
+                        ok, value = (
+                            False,
+                            f"the process died, exit code {code}\n{self._last_words(rank)}",
+                        )
                     (results if ok else errors)[rank] = value
             if errors:  # the others may be waiting for this one: give them a moment to say so
                 deadline = min(deadline, time.monotonic() + 3.0)
         if waiting or errors:
             self.kill()
+            failure = RankKilled if killed else RankFailure
             said = [f"--- rank {rank} ---\n{error}" for rank, error in sorted(errors.items())]
             said += [
                 f"--- rank {rank} --- did not finish (a hang, or another rank failed)" for rank in waiting
             ]
-            raise RankFailure(f"on {self.world_size} ranks:\n" + "\n".join(said))
+            raise failure(f"on {self.world_size} ranks:\n" + "\n".join(said))
         return [results[rank] for rank in range(self.world_size)]
+
+    def _last_words(self, rank: int) -> str:
+        """The stacks that faulthandler has left."""
+        path = Path(self._directory.name, f"stacks.{rank}")
+        return path.read_text() if path.exists() else ""
 
     def kill(self) -> None:
         for process in self._processes:
@@ -181,7 +204,11 @@ def _run_on_pool(
     with_rank: bool = True,
 ) -> None:
     job = Job(body.__module__, body.__qualname__, args, kwargs, with_rank)
-    results = pool(world_size).run(job, timeout)
+    try:
+        results = pool(world_size).run(job, timeout)
+    except RankKilled as killed:
+        warnings.warn(f"a rank was killed by a signal, the test is run again: {killed}", stacklevel=1)
+        results = pool(world_size).run(job, timeout)
     assert all(r == results[0] for r in results), f"ranks disagree: {results}"
 
 
@@ -201,6 +228,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.enable(open(os.path.join(os.path.dirname(store), f"stacks.{rank}"), "w"))  # noqa: SIM115
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     warnings.simplefilter("error")
     quiet_known_warnings()
