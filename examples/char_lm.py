@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distclip
+from distclip.launching import require_launch
 
 WIDTH = 256
 HEADS = 4
@@ -221,6 +222,7 @@ def start() -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    require_launch(backend=backend)  # says what does not fit, before ranks wait for each other
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distclip._advice import NEVER_STEPS, OFTEN
+from distclip.launching import VARIABLES, launch_problems
 from distclip.monitor.recommendation import Recommendation, recommend
 from distclip.monitor.run import HistoryError, Run
 
@@ -29,7 +30,6 @@ LIBRARIES = (
     "accelerate",
     "transformers",
 )
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,16 @@ def _devices() -> Finding:
 
 
 def _launch(environment: Mapping[str, str]) -> list[Finding]:
-    given = {name: environment[name] for name in LAUNCH if name in environment}
+    given = {name: environment[name] for name in VARIABLES if name in environment}
+    found = [Finding("problem", "launch", text) for text in launch_problems(environment)]
     if not given:
         text = "not under a launcher (torchrun sets RANK, WORLD_SIZE, MASTER_ADDR, …): one process"
-        return [Finding("note", "launch", text)]
-    found = []
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]
-    if missing:
-        found.append(Finding("problem", "launch", f"{', '.join(given)} set, but not {', '.join(missing)}"))
-    numbers = {}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        if name in given and not given[name].isdigit():
-            found.append(Finding("problem", "launch", f"{name}={given[name]!r} is no number"))
-        elif name in given:
-            numbers[name] = int(given[name])
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
-            text = f"{rank}={numbers[rank]} is not below {size}={numbers[size]}"
-            found.append(Finding("problem", "launch", text))
-    gpus, local = torch.cuda.device_count(), numbers.get("LOCAL_WORLD_SIZE", 1)
-    if gpus and local > gpus:
-        found.append(Finding("problem", "launch", f"{local} ranks on this machine share {gpus} GPUs"))
-    if local > 1 and "OMP_NUM_THREADS" not in environment and not gpus:
-        found.append(
-            Finding(
-                "note", "launch", f"OMP_NUM_THREADS is not set: {local} ranks compete for the cores; try 1"
-            )
-        )
+        return found or [Finding("note", "launch", text)]
+    local = given.get("LOCAL_WORLD_SIZE", "1")
+    crowded = local.isdigit() and int(local) > 1 and not torch.cuda.device_count()
+    if crowded and "OMP_NUM_THREADS" not in environment:
+        text = f"OMP_NUM_THREADS is not set: {local} ranks compete for the cores; try 1"
+        found.append(Finding("note", "launch", text))
     return found or [Finding("ok", "launch", ", ".join(f"{k}={v}" for k, v in given.items()))]
 
 
