@@ -1,0 +1,458 @@
+"""Hugging Face Accelerate: its clipping, unscaling and checkpoints, right for every parallelism it offers."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip import _kernels as kernels
+from distclip._apply import OnNonfinite, change, require_policy
+from distclip._decision import Decision, Scale
+from distclip._fsdp1 import annotate_fsdp1
+from distclip._gradients import collect
+from distclip._loss_scale import LossScale, record
+from distclip._norms import Norms
+from distclip._optimizer_step import _lacks_momentum, is_fused
+from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
+from distclip._plan import Plan, build_plan
+from distclip._report import ClipReport
+from distclip._synchronisation import Synchronisation
+from distclip.clipper import Clipper
+from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
+from distclip.training.unscaling import unscale_
+
+_HANDLE = "_distclip"  # attribute of an accelerator that distclip is installed in
+_PATCHED = ("backward", "clip_grad_norm_", "clip_grad_value_", "unscale_gradients", "free_memory")
+_MOST_LISTS = 32  # of parameters; a script clips one or a few
+
+_REFUSED = {
+    "DEEPSPEED": "DeepSpeed's engine clips inside its own step, by `gradient_clipping` of its configuration "
+    "(`gradient_clipping=` of DeepSpeedPlugin), and leaves no gradient to clip before it: set it there",
+    "MEGATRON_LM": "Megatron-LM's optimizer clips inside its own step, by `clip_grad` of its configuration "
+    "(`gradient_clipping=` of MegatronLMPlugin): set it there, or drive Megatron-Core yourself with "
+    "distclip.integrations.megatron",
+    "XLA": "torch_xla sums gradients outside of torch.distributed, where distclip cannot follow it",
+}
+
+
+def install(
+    accelerator: Any,
+    strategy: Strategy | Callable[[], Strategy] | None = None,
+    *,
+    on_nonfinite: OnNonfinite | None = None,
+    stages: dist.ProcessGroup | DeviceMesh | None = None,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> Installed:
+    """Make ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` right, in one line of an existing script.
+
+    Under DDP, FSDP 1 and 2, tensor parallelism and every ``ParallelismConfig``. Call it on every rank, before
+    or after ``prepare``; the script stays as it is:
+
+    - ``clip_grad_norm_(parameters, max_norm, norm_type)`` returns the norm before clipping, a plain 0-dim
+      float32 tensor, equal on all ranks. Any list of parameters will do, also a part of an FSDP model.
+    - ``clip_grad_value_(parameters, clip_value)`` works under FSDP too. It clamps to its own ``clip_value``,
+      whatever the strategy.
+    - Where ``accelerator.sync_gradients`` is false (``accelerator.accumulate``, before the last micro-batch),
+      both do nothing: the norm, which nobody has measured, is NaN.
+    - With a float16 scaler, gradients are unscaled exactly once, whichever parameters are clipped, and all
+      ranks agree on whether there were infinities. ``accelerator.unscale_gradients`` may be called before.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        strategy: what decides in ``clip_grad_norm_``. ``max_norm`` and ``norm_type`` of the call are then not
+            used, except that ``max_norm=inf`` only measures, in the call's norm. Its state is registered with
+            the accelerator, for ``save_state`` and ``load_state``. A strategy with state belongs to one list
+            of parameters: for a script that clips several, pass what makes one for each, ``distclip.ZClip``
+            or a lambda. One that judges the loss gets that of ``accelerator.backward``. None: clip as the
+            call says, like ``distclip.GlobalNorm(max_norm, norm_type)``.
+        on_nonfinite: as for :class:`distclip.Clipper`. ``"skip"`` lets the next step of the optimizers which
+            hold the parameters do nothing (for one that is not fused, the host waits for the decision). By
+            default ``"skip"`` with a strategy, and ``"propagate"``, as Accelerate does, without.
+        stages, process_group, accumulate: as for :class:`distclip.Clipper`.
+
+    Raises:
+        ValueError: DeepSpeed, Megatron-LM or XLA, which clip by their own means; or installed already.
+        ModuleNotFoundError: Accelerate is not installed.
+        TypeError: ``accelerator`` or ``strategy`` is none.
+
+    Example:
+        >>> accelerator = Accelerator(mixed_precision="bf16")
+        >>> clipping = distclip.integrations.accelerate.install(accelerator)
+        >>> ...
+        >>> accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
+        >>> print(clipping.report)
+        norm 3.41 → 1 (×0.293)
+    """
+    try:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Accelerate is not installed: pip install 'distclip[accelerate]'"
+        ) from error
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"accelerator={type(accelerator).__name__}: expected an accelerate.Accelerator")
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in _REFUSED:
+        raise ValueError(f"distclip cannot clip for this accelerator ({kind}): {_REFUSED[kind]}")
+    if hasattr(accelerator, _HANDLE):
+        raise ValueError("distclip is installed in this accelerator already: call .remove() on it first")
+    if strategy is not None and not isinstance(strategy, Strategy) and not callable(strategy):
+        raise TypeError(f"{strategy=}: expected a distclip.Strategy, what makes one, or None")
+    if on_nonfinite is None:
+        on_nonfinite = "propagate" if strategy is None else "skip"
+    options = {"stages": stages, "process_group": process_group, "accumulate": accumulate}
+    return Installed(accelerator, strategy, require_policy(on_nonfinite), options)
+
+
+class Installed:
+    """distclip inside an accelerator, as :func:`install` leaves it; a context manager that removes it.
+
+    Attributes:
+        report: of the last ``clip_grad_norm_`` that clipped, None before.
+        clipper: the one that gave it, for ``describe()``, ``verify()`` and ``find_nonfinite()``; likewise.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        strategy: Strategy | Callable[[], Strategy] | None,
+        on_nonfinite: OnNonfinite,
+        options: dict[str, Any],
+    ) -> None:
+        self._accelerator, self._strategy = accelerator, strategy
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._options = options
+        self.report: ClipReport | None = None
+        self.clipper: Clipper | None = None
+        # By the identity of every parameter. What a list is planned for is found again from the lists that
+        # the script passes, and dropped by calls that it makes: alike on every rank.
+        self._lists: OrderedDict[tuple[Any, ...], _List] = OrderedDict()
+        self._count = 0  # of lists made
+        # Of the micro-batches since the last clip, for a strategy that judges it.
+        self._loss: Tensor | None = None
+        self._loss_used = False
+        self._loaded: list[dict[str, Any]] = []  # states of lists that have not been clipped yet
+        self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Skipper] = (
+            weakref.WeakKeyDictionary()
+        )
+        setattr(accelerator, _HANDLE, self)
+        self._overridden = {name: vars(accelerator)[name] for name in _PATCHED if name in vars(accelerator)}
+        self._original = {name: getattr(accelerator, name) for name in _PATCHED}
+        for name in _PATCHED:
+            setattr(accelerator, name, getattr(self, f"_{name.strip('_')}"))
+        if strategy is not None:
+            accelerator.register_for_checkpointing(self)
+
+    def remove(self) -> None:
+        """Give the accelerator its own methods back. A second call does nothing."""
+        if getattr(self._accelerator, _HANDLE, None) is not self:
+            return
+        for name in (*_PATCHED, _HANDLE):
+            delattr(self._accelerator, name)
+        vars(self._accelerator).update(self._overridden)
+        registered = self._accelerator._custom_objects
+        registered[:] = [obj for obj in registered if obj is not self]
+        for skipper in self._skippers.values():
+            skipper.remove()
+        self._lists.clear()
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strategy's state for each list of parameters, in the order in which they were first clipped."""
+        return {"lists": [lst.clipper.state_dict() for lst in self._decided()] + self._loaded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, on any number of ranks, before the first clip or later."""
+        states = list(state["lists"])
+        for lst in self._decided():
+            if states:
+                lst.clipper.load_state_dict(states.pop(0))
+        self._loaded = states
+
+    def _decided(self) -> list[_List]:
+        """Those that the user's strategy decides for, in order of their first clip."""
+        return sorted((lst for lst in self._lists.values() if lst.decided), key=lambda lst: lst.number)
+
+    # --- in the place of the accelerator's methods ------------------------------------------------------
+
+    def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
+        if self._strategy is not None:
+            part = loss.detach() / self._accelerator.gradient_accumulation_steps
+            self._loss = part if self._loss is None or self._loss_used else self._loss + part
+            self._loss_used = False
+        return self._original["backward"](loss, **kwargs)
+
+    @torch.no_grad()
+    def _clip_grad_norm(self, parameters: Parameters, max_norm: float, norm_type: float | str = 2) -> Tensor:
+        bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
+        if not self._accelerator.sync_gradients:
+            return torch.full((), math.nan, device=self._accelerator.device)
+        decided = self._strategy is not None and not math.isinf(bound)
+        lst = self._list(parameters, None if decided else p)
+        if isinstance(lst.clipper.strategy, _AsCalled):
+            lst.clipper.strategy.bound = bound
+        report = self._clip(lst, self._on_nonfinite if decided or self._strategy is None else "propagate")
+        if decided or self._strategy is None:
+            self.report, self.clipper = report, lst.clipper
+        return report.total_norm
+
+    @torch.no_grad()
+    def _clip_grad_value(self, parameters: Parameters, clip_value: float) -> None:
+        bound = torch.tensor(require_bound("clip_value", clip_value))
+        if not self._accelerator.sync_gradients:
+            return
+        lst = self._list(parameters, 2.0)
+        self._unscale(self._scaled(self._owners(lst)), lst)
+        gradients = collect(lst.elementwise_plan(), lst.tensors)
+        for bucket in gradients.buckets:
+            kernels.clamp_(bucket.tensors, bound.to(bucket.tensors[0].device))
+        gradients.commit()
+
+    def _unscale_gradients(self, optimizer: Any = None) -> None:
+        if self._accelerator.sync_gradients:
+            given = self._accelerator._optimizers if optimizer is None else optimizer
+            given = list(given) if isinstance(given, list | tuple) else [given]
+            self._unscale(self._scaled([_unwrapped(o) for o in given]))
+
+    def _free_memory(self, *objects: Any) -> Any:
+        self._lists.clear()
+        self.clipper = None
+        return self._original["free_memory"](*objects)
+
+    # --- one step ---------------------------------------------------------------------------------------
+
+    def _clip(self, lst: _List, policy: OnNonfinite) -> ClipReport:
+        """Unscale, measure, decide, change: as ``Clipper.step`` does, up to the optimizer."""
+        clipper, owners = lst.clipper, self._owners(lst)
+        scaled = self._scaled(owners)
+        inverse = None
+        if scaled and scaled == owners and all(map(lst.covers, scaled)):
+            # Unscaling joins the multiplication that clips, found_inf the norm's one reduction.
+            inverse = LossScale.of(self._accelerator.scaler, scaled).inverse
+            policy = "skip" if policy == "propagate" else policy
+        else:
+            self._unscale(scaled, lst)
+        gradients, outcome = clipper._decide(inverse, policy, self._loss, param_norms=False)
+        self._loss_used = True
+        change(outcome, gradients, clipper._measured.slots)
+        report = outcome.report
+        if inverse is not None:
+            for optimizer in scaled:
+                record(self._accelerator.scaler, optimizer, report.nonfinite, OptState.UNSCALED)
+        if outcome.may_skip:
+            # Non-finite steps are the scaler's to skip, where there is one.
+            skipped = report.skipped & ~report.nonfinite if self._scaler_in_use else report.skipped
+            for optimizer in owners:
+                if optimizer not in self._skippers:
+                    self._skippers[optimizer] = _Skipper(optimizer)
+                self._skippers[optimizer].skipped = skipped
+        clipper._observe(report)
+        return report
+
+    def _unscale(self, optimizers: list[torch.optim.Optimizer], lst: _List | None = None) -> None:
+        for optimizer in optimizers:
+            if lst is None or not lst.covers(optimizer):
+                lst = self._list([p for group in optimizer.param_groups for p in group["params"]], 2.0)
+            unscale_(self._accelerator.scaler, optimizer, lst.clipper)
+
+    def _owners(self, lst: _List) -> list[torch.optim.Optimizer]:
+        """The optimizers that hold some of the parameters."""
+        optimizers = [_unwrapped(o) for o in self._accelerator._optimizers]
+        return [o for o in optimizers if any(id(p) in lst.ids for p in _parameters_of(o))]
+
+    @property
+    def _scaler_in_use(self) -> bool:
+        a = self._accelerator
+        return bool(
+            a.native_amp and a.mixed_precision == "fp16" and a.scaler is not None and a.scaler.is_enabled()
+        )
+
+    def _scaled(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+        """Those whose gradients have not been unscaled yet."""
+        if not self._scaler_in_use:
+            return []
+        states = self._accelerator.scaler._per_optimizer_states
+        return [o for o in optimizers if states[id(o)]["stage"] is OptState.READY]
+
+    def _list(self, parameters: Parameters, norm_type: float | None) -> _List:
+        """What is kept for these parameters. ``norm_type``: the call's, None where the strategy decides."""
+        tensors = bare_tensors(freeze_source(parameters, may_be_empty=self._may_be_empty))
+        key = (norm_type, *map(id, tensors))
+        if key not in self._lists:
+            self._drop_dead()
+            strategy = self._strategy_of_one() if norm_type is None else _AsCalled(norm_type)
+            self._count += 1
+            models = self._accelerator._models
+            lst = _List(self._count, tensors, models, strategy, self._on_nonfinite, self._options)
+            if lst.decided and self._loaded:
+                lst.clipper.load_state_dict(self._loaded.pop(0))
+            self._lists[key] = lst
+        self._lists.move_to_end(key)
+        return self._lists[key]
+
+    @property
+    def _may_be_empty(self) -> bool:
+        return self._options["stages"] is not None or self._options["process_group"] is not None
+
+    def _drop_dead(self) -> None:
+        """Forget the lists of models that the accelerator has forgotten; of too many, those not used for long."""
+        alive = {id(m) for m in self._accelerator._models}
+        for key, lst in list(self._lists.items()):
+            if any(id(m) not in alive for m in lst.models):
+                del self._lists[key]
+        while len(self._lists) >= _MOST_LISTS:
+            self._lists.popitem(last=False)
+
+    def _strategy_of_one(self) -> Strategy:
+        if not isinstance(self._strategy, Strategy):
+            assert self._strategy is not None
+            return self._strategy()
+        if self._decided() and any(True for _ in self._strategy.buffers()):
+            raise ValueError(
+                f"another list of parameters has been clipped by this {type(self._strategy).__name__}, whose "
+                "state belongs to that one. Pass the same parameters in every step, all of them (frozen ones "
+                "cost nothing), or pass install() what makes a strategy for each list, as in "
+                f"install(accelerator, distclip.{type(self._strategy).__name__})"
+            )
+        return self._strategy
+
+
+class _AsCalled(Strategy):
+    """GlobalNorm with the ``max_norm`` of the call."""
+
+    def __init__(self, norm_type: float) -> None:
+        super().__init__()
+        self.norm_type, self.bound = norm_type, math.inf
+
+    def forward(self, norms: Norms) -> Decision:
+        return Scale(scale_to(norms.total, self.bound, 1e-6), torch.full_like(norms.total, self.bound))
+
+
+class _List:
+    """One list of parameters that the script clips.
+
+    Attributes:
+        number: its place in the order of first clips.
+        models: the prepared models that they belong to.
+        decided: whether the user's strategy decides, not the call.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        tensors: list[Tensor],
+        models: list[nn.Module],
+        strategy: Strategy,
+        on_nonfinite: OnNonfinite,
+        options: dict[str, Any],
+    ) -> None:
+        self.number = number
+        self.tensors, self.ids = tensors, frozenset(map(id, tensors))
+        self.models = [m for m in models if any(id(p) in self.ids for p in m.parameters())]
+        self.decided = not isinstance(strategy, _AsCalled)
+        named = _named(tensors, self.models)
+        self.clipper = Clipper(named, strategy, on_nonfinite=on_nonfinite, **options)
+        # Made from a list of parameters, it does not know what synchronises them.
+        self.clipper._synchronisation_ = Synchronisation(self.models)
+        self._elementwise: Plan | None = None
+
+    def covers(self, optimizer: torch.optim.Optimizer) -> bool:
+        return all(id(p) in self.ids for p in _parameters_of(optimizer))
+
+    def elementwise_plan(self) -> Plan:
+        """For changes that need no other rank; the clipper's own plan would ask them."""
+        if self._elementwise is None or not self._elementwise.fits(self.tensors):
+            self._elementwise = build_plan(named_parameters(self.tensors), alone=True)
+        return self._elementwise
+
+
+class _Skipper:
+    """Lets the next step of an optimizer do nothing, where ``skipped`` ([] bool) says so.
+
+    The script calls ``optimizer.step()`` all the same. A fused optimizer takes the flag as a tensor. Any
+    other finds no gradients, for which the host must know the flag; they are back after the step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.skipped: Tensor | None = None
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
+        self._found: list[Tensor | None] = []
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        skipped, self.skipped = self.skipped, None
+        self._hidden, self._found = [], []
+        if skipped is None:
+            return
+        if is_fused(optimizer) and not _lacks_momentum(optimizer):
+            found, flag = getattr(optimizer, "found_inf", None), skipped.float()
+            optimizer.found_inf = flag if found is None else torch.maximum(found, flag.to(found.device))
+            self._found = [found]
+        elif skipped.item():
+            self._hidden = [(p, p.grad) for p in _parameters_of(optimizer)]
+            for parameter, _ in self._hidden:
+                parameter.grad = None
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        for found in self._found:
+            if found is None:
+                del optimizer.found_inf
+            else:
+                optimizer.found_inf = found
+        self._hidden, self._found = [], []
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer  # type: ignore[no-any-return]
+
+
+# What Accelerate and torch wrap modules in, which is not part of a parameter's name.
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def _named(tensors: list[Tensor], models: list[nn.Module]) -> list[tuple[str, Tensor]]:
+    """The parameters with the names that they have in the script's own model; FSDP1's say how they lie."""
+    names: dict[int, str] = {}
+    for i, model in enumerate(models):
+        annotate_fsdp1(model)
+        prefix = f"models[{i}]." if len(models) > 1 else ""
+        for name, parameter in model.named_parameters():
+            parts = [part for part in name.split(".") if part not in _WRAPPERS]
+            if isinstance(model, DistributedDataParallel):
+                parts = parts[1:]
+            names.setdefault(id(parameter), prefix + ".".join(parts))
+    return [(names.get(id(t), f"parameters[{k}]"), t) for k, t in enumerate(tensors)]
