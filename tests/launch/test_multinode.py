@@ -17,7 +17,7 @@ import pytest
 
 from tests.launch.machine import EXAMPLE, LAUNCH, ROOT, environment, require_programs, run
 
-OPTIONS = ("--steps", "12", "--batch-size", "8", "--seq-len", "16", "--parallel")
+OPTIONS = ("--steps", "12", "--batch-size", "8", "--seq-len", "16", "--parallel", "fsdp2", "--history")
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.fail(
-            f"ip {' '.join(arguments)}: {done.stderr.strip()}. Network namespaces need root and a kernel that "
-            "has them; set DISTCLIP_NO_NETNS=1 to do without this test"
+            f"ip {' '.join(arguments)}: {done.stderr.strip()}. Network namespaces need root and a "
+            "kernel that has them; set DISTCLIP_NO_NETNS=1 to do without this test"
         )
 
 
@@ -66,19 +66,14 @@ def steps_of(history: Path) -> list[dict[str, object]]:
     return [row for row in map(json.loads, history.read_text().splitlines()) if "step" in row]
 
 
-@pytest.mark.parametrize(("parallel", "ranks"), [("ddp", 1), ("hsdp", 2)])
-def test_two_hosts_train_as_one_does(
-    parallel: str, ranks: int, hosts: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    options = (*OPTIONS, parallel, "--history")
-    env = environment(NPROC_PER_NODE=str(2 * ranks))
-    one = run("bash", LAUNCH / "torchrun.sh", EXAMPLE, *options, tmp_path / "one.jsonl", env=env)
+def test_two_hosts_train_as_one_does(hosts: list[tuple[str, str]], tmp_path: Path) -> None:
+    env = environment(NPROC_PER_NODE="2")
+    one = run("bash", LAUNCH / "torchrun.sh", EXAMPLE, *OPTIONS, tmp_path / "one.jsonl", env=env)
     assert one.returncode == 0, one.stderr
 
-    env = environment(
-        NNODES="2", NPROC_PER_NODE=str(ranks), RDZV_ENDPOINT=f"{hosts[1][1]}:29400", JOIN_TIMEOUT="60"
-    )
-    script = (str(LAUNCH / "multinode.sh"), str(EXAMPLE), *options, str(tmp_path / "two.jsonl"))
+    meeting = {"NNODES": "2", "RDZV_ENDPOINT": f"{hosts[1][1]}:29400", "JOIN_TIMEOUT": "60"}
+    env = environment(NPROC_PER_NODE="1", **meeting)
+    script = (str(LAUNCH / "multinode.sh"), str(EXAMPLE), *OPTIONS, str(tmp_path / "two.jsonl"))
     machines = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, "bash", *script],
@@ -95,18 +90,16 @@ def test_two_hosts_train_as_one_does(
             machine.wait()
     assert [machine.returncode for machine in machines] == [0, 0], said
     for (_, address), (_, errors) in zip(hosts, said, strict=True):
-        assert f"multinode.sh: {address} on cable, one of 2 machines, with {ranks} ranks" in errors
+        assert f"multinode.sh: {address} on cable, one of 2 machines, with 1 ranks" in errors
 
     (summary,) = [out for out, _ in said if out]  # that of rank 0, on either host
-    assert f"norms on all {2 * ranks} ranks: bit-identical" in summary
+    assert "norms on all 2 ranks: bit-identical" in summary
     alone, apart = steps_of(tmp_path / "one.jsonl"), steps_of(tmp_path / "two.jsonl")
-    assert len(alone) == len(apart) == 12
+    assert len(alone) == 12
     assert len({row["total_norm"] for row in alone}) == 12
-    for key in ("total_norm", "coefficient", "loss"):
-        # Two ranks sum in one order only; four may, over another network, in another.
-        want = [row[key] for row in alone]
-        assert [row[key] for row in apart] == (want if ranks == 1 else pytest.approx(want, rel=1e-5)), key
-    assert final_loss(summary) == pytest.approx(final_loss(one.stdout), abs=1e-4)
+    assert {row["clipped"] for row in alone} >= {True}
+    assert apart == alone  # norms, coefficients and losses: two ranks are summed in one order only
+    assert final_loss(summary) == final_loss(one.stdout)
 
 
 def final_loss(summary: str) -> float:
