@@ -65,6 +65,7 @@ def install(
       whatever the strategy.
     - Where ``accelerator.sync_gradients`` is false (``accelerator.accumulate``, before the last micro-batch),
       both do nothing: the norm, which nobody has measured, is NaN.
+    - Gradients of ``no_sync`` by hand are an error (under DDP at the first clip only).
     - With a float16 scaler, gradients are unscaled exactly once, whichever parameters are clipped, and all
       ranks agree on whether there were infinities. ``accelerator.unscale_gradients`` may be called before.
 
@@ -311,7 +312,7 @@ class Installed:
         return self._options["stages"] is not None or self._options["process_group"] is not None
 
     def _drop_dead(self) -> None:
-        """Forget the lists of models that the accelerator has forgotten; of too many, those not used for long."""
+        """Forget the lists of models that the accelerator has forgotten, and the least used of too many."""
         alive = {id(m) for m in self._accelerator._models}
         for key, lst in list(self._lists.items()):
             if any(id(m) not in alive for m in lst.models):

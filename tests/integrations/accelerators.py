@@ -3,8 +3,9 @@
 Accelerate 1.15 turns an ``fsdp_plugin`` or a ``ParallelismConfig`` into FSDP or tensor parallelism only on an
 accelerator device; on the CPU it falls back to DDP without a word. So for these ``accelerator("fsdp2")``
 says, before anything is made, that the processes are those of a MULTI_GPU job whose device is the CPU. From
-there it is Accelerate's own code: its state, ``prepare``, FSDP1 or ``fully_shard`` on a gloo mesh, ``backward``.
-For the same reason the float16 scaler, which it makes for accelerator devices only, is put in by hand.
+there it is Accelerate's own code: its state, ``prepare``, FSDP1 or ``fully_shard`` on a gloo mesh,
+``backward``. For the same reason the float16 scaler, which it makes for accelerator devices only, is put in
+by hand.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
@@ -136,16 +138,24 @@ def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 class Job:
     """A model that an accelerator has prepared, and this rank's part in training it."""
 
-    def __init__(self, accelerator: Accelerator, kind: str, optimizer: Any = torch.optim.SGD, **kw: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, kind: str, optimizer: Any = torch.optim.SGD, **kw: Any
+    ) -> None:
         self.accelerator, self.kind = accelerator, kind
-        model: nn.Module = net()
+        model = net()
         if kind in ("tp", "fsdp2_tp"):
             mesh: DeviceMesh = accelerator.torch_device_mesh["tp"]
-            plan = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
-            model = parallelize_module(model, mesh, plan)
-            model._tp_size = 2  # as transformers notes on a model it has made parallel
+            for block in (model.first, model.second):
+                parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            model.tp_size = 2  # as transformers notes on a model that it has made parallel
         options = {"lr": 0.05, "foreach": False, **kw}  # foreach cannot mix meshes
-        self.model, self.optimizer = accelerator.prepare(model, optimizer(model.parameters(), **options))
+        if kind == "fsdp2_tp":
+            # What prepare() does, less a step for which Accelerate 1.15 imports what transformers 5.23 lacks.
+            self.model = fsdp2_prepare_model(accelerator, model)
+            accelerator._models.append(self.model)
+            self.optimizer = accelerator.prepare_optimizer(optimizer(self.model.parameters(), **options))
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer(model.parameters(), **options))
 
     def backward(self, seed: int, rows: slice | None = None, bad: float | None = None) -> None:
         """``bad``: is added to the loss of the last rank, times a weight."""
@@ -181,7 +191,7 @@ class Alone:
 
     @property
     def named(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.model.named_parameters()}
+        return dict(self.model.named_parameters())
 
     def norm(self, p: float = 2.0, prefix: str = "") -> float:
         mine = [t for name, t in self.named.items() if name.startswith(prefix)]
