@@ -246,7 +246,6 @@ class Installed:
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
             # Unscaling joins the multiplication that clips, found_inf the norm's one reduction.
             inverse = LossScale.of(self._accelerator.scaler, scaled).inverse
-            policy = "skip" if policy == "propagate" else policy
         else:
             self._unscale(scaled, lst)
         gradients, outcome = clipper._decide(inverse, policy, self._loss, param_norms=False)

@@ -41,11 +41,7 @@ MAX_NORM = 0.5
 @contextlib.contextmanager
 def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Iterator[Accelerator]:
     """``kind``: single, ddp, fsdp1, fsdp2, hsdp (4 ranks), tp, fsdp2_tp (4 ranks). ``fp16``: loss scale."""
-    reset()
-    environment = {"OMP_NUM_THREADS": "1"}
-    if kind != "single":
-        environment |= {"LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], "MASTER_ADDR": "localhost"}
-    with mock.patch.dict(os.environ, environment):  # Accelerate writes there
+    with environment(kind != "single"):
         if kind not in ("single", "ddp"):
             PartialState(cpu=True)
             PartialState._shared_state["device"] = torch.device("cpu")
@@ -61,7 +57,18 @@ def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Itera
             yield accelerator
         finally:
             accelerator.free_memory()
-            del accelerator
+
+
+@contextlib.contextmanager
+def environment(distributed: bool) -> Iterator[None]:
+    """What accelerators find and leave, in the environment and in themselves: there is one state for the
+    whole process. The process group stays."""
+    ranks = {"LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"), "MASTER_ADDR": "localhost"}
+    reset()
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", **(ranks if distributed else {})}):
+        try:
+            yield
+        finally:
             gc.collect()
             if dist.is_initialized():
                 dist.barrier()
@@ -69,7 +76,6 @@ def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Itera
 
 
 def reset() -> None:
-    """Forget the accelerator, which is one for the whole process; the process group stays."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
