@@ -1,5 +1,73 @@
-"""Arithmetic on this rank's own tensors. Nothing here knows of other ranks."""
+"""Arithmetic on this rank's own tensors. Nothing here knows of other ranks.
 
-from distclip._kernels.foreach import clamp_, clamp_each_, fill_where_, power_sums, scale_, scale_each_
+For CUDA and ROCm tensors the sums and the scaling are Triton's (``triton.py``) where Triton is installed
+and its kernels run, which is tried once for each device; for all others, and in what ``torch.compile``
+traces, they are torch's foreach operators (``foreach.py``). With ``DISTCLIP_TRITON=0`` in the environment
+they are foreach operators everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from distclip._kernels import foreach
+from distclip._kernels.foreach import clamp_, clamp_each_, fill_where_
 
 __all__ = ["clamp_", "clamp_each_", "fill_where_", "power_sums", "scale_", "scale_each_"]
+
+_in_triton: dict[torch.device, bool] = {}
+
+
+def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype) -> Tensor:
+    """``Σ|g|^p`` of each tensor, or ``max|g|`` for p = ∞. [len(tensors)] float64, on their device.
+
+    Sums of squares are accumulated in ``accumulate`` (float32, or float64), or in the tensors' own
+    dtype where that is wider; other powers so that they are no less exact.
+    """
+    if _goes_to_triton(tensors[0]):
+        from distclip._kernels import triton
+
+        return triton.power_sums(tensors, norm_type, accumulate)
+    return foreach.power_sums(tensors, norm_type, accumulate)
+
+
+def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
+    """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once)."""
+    if _goes_to_triton(tensors[0]):
+        from distclip._kernels import triton
+
+        return triton.scale_(tensors, coefficient)
+    return foreach.scale_(tensors, coefficient)
+
+
+def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
+    """Multiply each tensor by its own coefficient, [len(tensors)] float32."""
+    if _goes_to_triton(tensors[0]):
+        from distclip._kernels import triton
+
+        return triton.scale_each_(tensors, coefficients)
+    return foreach.scale_each_(tensors, coefficients)
+
+
+def _goes_to_triton(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or tensor.device.type != "cuda":
+        return False
+    chosen = _in_triton.get(tensor.device)
+    if chosen is None:
+        if torch.cuda.is_current_stream_capturing():  # when nothing can be compiled, nor tried
+            return False
+        chosen = _in_triton[tensor.device] = _runs_in_triton(tensor.device)
+    return chosen
+
+
+def _runs_in_triton(device: torch.device) -> bool:
+    if os.environ.get("DISTCLIP_TRITON") == "0":
+        return False
+    try:
+        from distclip._kernels import triton
+    except ImportError:
+        return False
+    return triton.works_on(device)
