@@ -141,3 +141,21 @@ def as_dtensor(local: Tensor, like: Tensor, placements: Sequence[Any]) -> DTenso
 def wait(local: Tensor) -> Tensor:
     """``local``, after the collective that may still be filling it."""
     return local.wait() if hasattr(local, "wait") else local
+
+
+def local_loss(loss: Tensor | None, *, optional: bool) -> Tensor | None:
+    """[] as this rank has it.
+
+    Raises:
+        ValueError: there is none, or it is not one number.
+    """
+    if loss is None:
+        if optional:
+            return None
+        raise ValueError("the strategy judges the loss: give it, clipper.step(optimizer, loss=loss)")
+    loss = loss.detach()
+    if isinstance(loss, DTensor):
+        loss = loss.full_tensor()
+    if loss.numel() != 1:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}: expected one number")
+    return loss.reshape(())

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, sub
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distclip._gradients import Bucket, Gradients, collect
 from distclip._plan import Plan
+from distclip._reduction import local_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,22 +37,32 @@ class _Layout:
     """How the gradients of one step lay.
 
     Attributes:
-        absent: by parameter, whether there is no gradient.
-        specs: by parameter, the DTensor's spec object, or None.
+        absent: parameters without a gradient.
         members: parameters with elements on this rank, in the order of their runs.
-        dtypes: of the members.
+        sharded: of the members, those whose gradients are DTensors, by position; specs: their spec objects.
+        dtypes: of the members; complex: whether any of them is.
         first_of: by member, the first member of its run; offsets: its distance from that, in bytes.
         runs: in order.
     """
 
-    absent: list[bool]
-    specs: list[Any]
+    absent: list[int]
     members: list[int]
+    sharded: list[int]
+    specs: list[Any]
     dtypes: list[torch.dtype]
-    first_of: Tensor  # [num_members] int64
-    offsets: Tensor  # [num_members] int64
+    first_of: list[int]
+    offsets: list[int]
+    complex: bool
     runs: list[_Run]
     num_buckets: int
+
+
+# Everything per gradient is a loop inside Python's C code: with 720 of them that is half of the time. The
+# flag of lazy negation is not looked at where nothing is complex: it changes neither norms nor multiples.
+_gradient = attrgetter("grad")
+_local = attrgetter("_local_tensor")
+_spec = attrgetter("_spec")
+_dtype = attrgetter("dtype")
 
 
 class Collector:
@@ -60,7 +74,6 @@ class Collector:
 
     def __init__(self, plan: Plan, kinds: Sequence[Hashable]) -> None:
         self._plan, self._kinds = plan, kinds
-        self._is_dtensor = [p.mesh is not None for p in plan.placements]
         # Gradients that may have to be summed first are looked at one by one.
         self._mergeable = not plan.partial and not any(p.partial for p in plan.placements)
         self._layout: _Layout | None = None
@@ -69,46 +82,50 @@ class Collector:
         if torch.compiler.is_compiling():
             return collect(self._plan, tensors)  # addresses mean nothing there
         parameters = [tensors[i] for i in self._plan.positions]
-        gradients: list[Any] = [p.grad for p in parameters]
         if self._layout is not None:
-            collected = self._from_layout(self._layout, parameters, gradients)
+            collected = self._from_layout(self._layout, parameters)
             if collected is not None:
                 return collected
         collected = collect(self._plan, tensors)
         if not self._mergeable or collected.rebuilt:
             return collected
-        gradients = [p.grad for p in parameters]  # some may just have been summed
-        self._layout = self._layout_of(collected, gradients)
+        self._layout = self._layout_of(collected)
         if self._layout is None:
             return collected
-        return self._from_layout(self._layout, parameters, gradients) or collected
+        return self._from_layout(self._layout, parameters) or collected
 
-    def _from_layout(
-        self, layout: _Layout, parameters: list[Tensor], gradients: list[Any]
-    ) -> Gradients | None:
+    def _from_layout(self, layout: _Layout, parameters: list[Tensor]) -> Gradients | None:
         """The runs of this step, or None where the gradients do not lie so any more."""
-        if [g is None for g in gradients] != layout.absent:
-            return None
-        for g, spec in zip(gradients, layout.specs, strict=True):
-            if spec is not None and g._spec is not spec and g._spec.placements != spec.placements:
+        gradients: list[Any] = list(map(_gradient, parameters))
+        for i in layout.absent:
+            if gradients[i] is not None:
                 return None
-        is_dtensor = self._is_dtensor
-        members: list[Tensor] = [
-            gradients[i]._local_tensor if is_dtensor[i] else gradients[i] for i in layout.members
-        ]
-        if not all(type(t) is Tensor and t.layout is torch.strided for t in members):
+        members: list[Any] = [gradients[i] for i in layout.members]
+        if layout.sharded:
+            found = members if len(layout.sharded) == len(members) else [members[i] for i in layout.sharded]
+            if not all(map(isinstance, found, repeat(DTensor))):
+                return None
+            for here, spec in zip(map(_spec, found), layout.specs, strict=True):
+                if here is not spec and here.placements != spec.placements:
+                    return None
+            if found is members:
+                members = list(map(_local, members))
+            else:
+                for i in layout.sharded:
+                    members[i] = members[i]._local_tensor
+        if set(map(type, members)) - {Tensor}:
             return None
-        if [t.dtype for t in members] != layout.dtypes:
+        if list(map(_dtype, members)) != layout.dtypes or not all(map(Tensor.is_contiguous, members)):
             return None
-        if not all(t.is_contiguous() and not t.is_neg() for t in members):
+        if layout.complex and (any(map(Tensor.is_conj, members)) or any(map(Tensor.is_neg, members))):
             return None
-        if any(dtype.is_complex for dtype in layout.dtypes) and any(t.is_conj() for t in members):
+        try:
+            addresses = list(map(Tensor.data_ptr, members))
+        except RuntimeError:  # sparse
             return None
-        addresses = [t.data_ptr() for t in members]
+        if list(map(sub, addresses, map(addresses.__getitem__, layout.first_of))) != layout.offsets:
+            return None
         if len(set(addresses)) != len(addresses):
-            return None
-        at = torch.tensor(addresses)
-        if not torch.equal(at - at[layout.first_of], layout.offsets):
             return None
         buckets = [Bucket() for _ in range(layout.num_buckets)]
         for run in layout.runs:
@@ -122,7 +139,8 @@ class Collector:
             buckets[run.bucket].parameters.append(layout.members[run.first])
         return Gradients(parameters, buckets, [])
 
-    def _layout_of(self, collected: Gradients, gradients: list[Any]) -> _Layout | None:
+    def _layout_of(self, collected: Gradients) -> _Layout | None:
+        gradients: list[Any] = list(map(_gradient, collected.parameters))
         members: list[int] = []
         first_of: list[int] = []
         offsets: list[int] = []
@@ -142,16 +160,20 @@ class Collector:
                 first_of.append(run.first)
                 dtypes.append(tensor.dtype)
                 offsets.append(tensor.data_ptr() - pairs[i - (len(members) - 1 - run.first)][0].data_ptr())
+        counted = set(members)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None and i not in counted and local_of(gradient).numel():
+                return None  # shares another's memory, and may cease to
+        sharded = [n for n, i in enumerate(members) if isinstance(gradients[i], DTensor)]
         return _Layout(
-            [g is None for g in gradients],
-            [
-                g._spec if d and g is not None else None
-                for g, d in zip(gradients, self._is_dtensor, strict=True)
-            ],
+            [i for i, g in enumerate(gradients) if g is None],
             members,
+            sharded,
+            [gradients[members[n]]._spec for n in sharded],
             dtypes,
-            torch.tensor(first_of, dtype=torch.int64),
-            torch.tensor(offsets, dtype=torch.int64),
+            first_of,
+            offsets,
+            any(dtype.is_complex for dtype in dtypes),
             runs,
             len(collected.buckets),
         )

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from distclip._accumulation import MicroBatch, Window
 from distclip._advice import Advice
@@ -28,6 +27,7 @@ from distclip._optimizer_step import require_covered, require_fused, take_step
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
+from distclip._reduction import local_loss
 from distclip._report import ClipReport
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
@@ -255,7 +255,7 @@ class Clipper:
         self.require_synchronised()
         plan = self.plan
         if self.strategy.uses_loss:
-            loss = _local_loss(loss, optional=plan.scope.stages is not None)
+            loss = local_loss(loss, optional=plan.scope.stages is not None)
         gradients = self._measured.collect(param_norms)
         factor = self._factor(inverse_scale, plan.device)
         norms, by_parameter = self._measured.norms(gradients, param_norms, factor, loss)
@@ -389,24 +389,6 @@ class Clipper:
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))
-
-
-def _local_loss(loss: Tensor | None, *, optional: bool) -> Tensor | None:
-    """[] as this rank has it.
-
-    Raises:
-        ValueError: there is none, or it is not one number.
-    """
-    if loss is None:
-        if optional:
-            return None
-        raise ValueError("the strategy judges the loss: give it, clipper.step(optimizer, loss=loss)")
-    loss = loss.detach()
-    if isinstance(loss, DTensor):
-        loss = loss.full_tensor()
-    if loss.numel() != 1:
-        raise ValueError(f"loss has shape {tuple(loss.shape)}: expected one number")
-    return loss.reshape(())
 
 
 def _grad_scale(outcome: Outcome) -> Tensor:
