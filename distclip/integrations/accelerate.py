@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from distclip._fsdp1 import annotate_fsdp1
 from distclip._gradients import collect
 from distclip._loss_scale import LossScale, record
 from distclip._norms import Norms
-from distclip._optimizer_step import _lacks_momentum, is_fused
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._synchronisation import Synchronisation
 from distclip.clipper import Clipper
+from distclip.integrations._stepping import KeepingScaler, StepSkipper, parameters_of
 from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
 from distclip.training.unscaling import unscale_
 
@@ -144,7 +144,7 @@ class Installed:
         self._loss: Tensor | None = None
         self._loss_used = False
         self._loaded: list[dict[str, Any]] = []  # states of lists that have not been clipped yet
-        self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Skipper] = (
+        self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepSkipper] = (
             weakref.WeakKeyDictionary()
         )
         setattr(accelerator, _HANDLE, self)
@@ -152,6 +152,7 @@ class Installed:
         self._original = {name: getattr(accelerator, name) for name in _PATCHED}
         for name in _PATCHED:
             setattr(accelerator, name, getattr(self, f"_{name.strip('_')}"))
+        self._scaler = None if accelerator.scaler is None else KeepingScaler(accelerator.scaler)
         if strategy is not None:
             accelerator.register_for_checkpointing(self)
 
@@ -166,6 +167,8 @@ class Installed:
         registered[:] = [obj for obj in registered if obj is not self]
         for skipper in self._skippers.values():
             skipper.remove()
+        if self._scaler is not None:
+            self._scaler.remove()
         self._lists.clear()
 
     def __enter__(self) -> Installed:
@@ -193,7 +196,9 @@ class Installed:
     # --- in the place of the accelerator's methods ------------------------------------------------------
 
     def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
-        if self._strategy is not None:
+        if self._scaler is not None:
+            self._scaler.forget()
+        if self._strategy is not None and loss.numel() == 1:
             part = loss.detach() / self._accelerator.gradient_accumulation_steps
             self._loss = part if self._loss is None or self._loss_used else self._loss + part
             self._loss_used = False
@@ -260,7 +265,7 @@ class Installed:
             skipped = report.skipped & ~report.nonfinite if self._scaler_in_use else report.skipped
             for optimizer in owners:
                 if optimizer not in self._skippers:
-                    self._skippers[optimizer] = _Skipper(optimizer)
+                    self._skippers[optimizer] = StepSkipper(optimizer)
                 self._skippers[optimizer].skipped = skipped
         clipper._observe(report)
         return report
@@ -274,7 +279,7 @@ class Installed:
     def _owners(self, lst: _List) -> list[torch.optim.Optimizer]:
         """The optimizers that hold some of the parameters."""
         optimizers = [_unwrapped(o) for o in self._accelerator._optimizers]
-        return [o for o in optimizers if any(id(p) in lst.ids for p in _parameters_of(o))]
+        return [o for o in optimizers if any(id(p) in lst.ids for p in parameters_of(o))]
 
     @property
     def _scaler_in_use(self) -> bool:
@@ -373,63 +378,13 @@ class _List:
         self._elementwise: Plan | None = None
 
     def covers(self, optimizer: torch.optim.Optimizer) -> bool:
-        return all(id(p) in self.ids for p in _parameters_of(optimizer))
+        return all(id(p) in self.ids for p in parameters_of(optimizer))
 
     def elementwise_plan(self) -> Plan:
         """For changes that need no other rank; the clipper's own plan would ask them."""
         if self._elementwise is None or not self._elementwise.fits(self.tensors):
             self._elementwise = build_plan(named_parameters(self.tensors), alone=True)
         return self._elementwise
-
-
-class _Skipper:
-    """Lets the next step of an optimizer do nothing, where ``skipped`` ([] bool) says so.
-
-    The script calls ``optimizer.step()`` all the same. A fused optimizer takes the flag as a tensor. Any
-    other finds no gradients, for which the host must know the flag; they are back after the step.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.skipped: Tensor | None = None
-        self._hidden: list[tuple[Tensor, Tensor | None]] = []
-        self._found: list[Tensor | None] = []
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        skipped, self.skipped = self.skipped, None
-        self._hidden, self._found = [], []
-        if skipped is None:
-            return
-        if is_fused(optimizer) and not _lacks_momentum(optimizer):
-            found, flag = getattr(optimizer, "found_inf", None), skipped.float()
-            optimizer.found_inf = flag if found is None else torch.maximum(found, flag.to(found.device))
-            self._found = [found]
-        elif skipped.item():
-            self._hidden = [(p, p.grad) for p in _parameters_of(optimizer)]
-            for parameter, _ in self._hidden:
-                parameter.grad = None
-
-    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        for found in self._found:
-            if found is None:
-                del optimizer.found_inf
-            else:
-                optimizer.found_inf = found
-        self._hidden, self._found = [], []
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

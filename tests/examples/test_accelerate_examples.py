@@ -48,7 +48,7 @@ def test_accelerate_under_its_launcher_and_resumed_by_one_process(tmp_path: Path
 
 
 def test_trainer_under_torchrun_and_resumed_by_one_process(tmp_path: Path) -> None:
-    options = ("--strategy", "percentile", "--output", str(tmp_path), "--log-every", "5", "--save-every", "30")
+    options = ("--strategy", "percentile", "--output", str(tmp_path), "--log-every=5", "--save-every=30")
     first = run("hf_trainer.py", *options, "--steps", "30", launcher=TORCHRUN)
     logged = re.findall(r"'loss': '(\S+?)', 'grad_norm': '(\S+?)',.*'clip_threshold': '(\S+?)'", first)
     assert len(logged) == 6

@@ -253,6 +253,49 @@ def test_float16_and_a_part_of_the_parameters_in_accelerate(rank: int) -> None:
             a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
 
 
+def two_optimizers(kind: str, with_distclip: bool) -> tuple[dict[str, Tensor], float]:
+    """One backward pass for both, of which the second is left out in the second step."""
+    with accelerator(kind, fp16=SCALE) as a:
+        job = Job(a, kind)
+        groups = [[*part(job, "first"), *part(job, "head")], part(job, "second")]
+        both = [a.prepare_optimizer(torch.optim.SGD(g, lr=0.05, foreach=False)) for g in groups]
+        a._optimizers[:] = both
+        handle = install(a) if with_distclip else None
+        for seed in range(3):
+            job.backward(seed)
+            a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
+            for optimizer in both[: 1 if seed == 1 else 2]:
+                optimizer.step()
+            for p in job.model.parameters():
+                p.grad = None
+        if handle is not None:
+            handle.remove()
+            assert "update" not in vars(a.scaler)
+        return job.whole(), a.scaler.get_scale()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@on_ranks(2)
+def test_float16_with_two_optimizers(rank: int, kind: str) -> None:
+    """Accelerate updates the scaler at the step of the first, whereupon it unscales the second again."""
+    alone = Alone()
+    for seed in range(3):
+        alone.backward(seed)
+        alone.scale(MAX_NORM)
+        if seed == 1:
+            for name, p in alone.named.items():
+                p.grad *= not name.startswith("second")  # type: ignore[operator]
+        alone.step()
+    whole, scale = two_optimizers(kind, True)
+    assert_equal(whole, alone.whole(), rel=2e-3)
+    assert scale == SCALE
+    theirs, _ = two_optimizers(kind, False)
+    start = net().state_dict()
+    for name in start:
+        moved = (theirs[name] - start[name]).norm() / (alone.whole()[name] - start[name]).norm()
+        assert (moved < 0.3) == name.startswith("second"), name
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("strategy", [None, distclip.GlobalNorm])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
