@@ -68,6 +68,8 @@ class Advice:
         """Take note of one step. A few tenths of a microsecond; keeps references to 0-dim tensors."""
         if self.done:
             return
+        if report.total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a CUDA graph: there are no numbers before it is replayed
         if self._speaks is None:
             self._speaks = is_main_rank()
             if not self._speaks:

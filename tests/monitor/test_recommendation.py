@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from distclip._advice import Advice, suggest_max_norm
+from distclip._advice import FIRST_LOOK, Advice, suggest_max_norm
 from distclip.monitor import Recommendation, read, recommend
 from distclip.monitor.run import HistoryError
 from tests.monitor import synthetic
@@ -177,6 +179,16 @@ class TestAdvice:
         monkeypatch.setenv("RANK", "3")
         self.observe([0.0] * 500, 1.0)
         assert not caplog.records
+
+    def test_steps_that_are_being_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Their tensors cannot be read then: reading one spoils the capture."""
+        with FakeTensorMode():
+            zero = torch.zeros((), device="cuda")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        advice = Advice()
+        for _ in range(FIRST_LOOK):
+            advice.observe(replace(synthetic.report(1.0), total_norm=zero))
+        assert not advice._pending
 
     def test_no_sync_per_step(self) -> None:
 
