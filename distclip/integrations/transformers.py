@@ -140,7 +140,7 @@ class Installed:
     def observe(self) -> None:
         """Take note of the step that is about to be taken; reads no value."""
         report = self.report
-        if report is None or report is self._seen:
+        if report is None:
             return
         self._seen, self._steps = report, self._steps + 1
         clipped = report.clipped.float()

@@ -43,9 +43,7 @@ def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Itera
     """``kind``: single, ddp, fsdp1, fsdp2, hsdp (4 ranks), tp, fsdp2_tp (4 ranks). ``fp16``: loss scale."""
     with environment(kind != "single"):
         if kind not in ("single", "ddp"):
-            PartialState(cpu=True)
-            PartialState._shared_state["device"] = torch.device("cpu")
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            pretend_gpus()
             kwargs |= _parallelism(kind)
         accelerator = Accelerator(cpu=kind in ("single", "ddp"), **kwargs)
         if fp16 is not None:
@@ -73,6 +71,13 @@ def environment(distributed: bool) -> Iterator[None]:
             if dist.is_initialized():
                 dist.barrier()
             reset()
+
+
+def pretend_gpus() -> None:
+    """The processes are those of a MULTI_GPU job, whose device is the CPU."""
+    PartialState(cpu=True)
+    PartialState._shared_state["device"] = torch.device("cpu")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def reset() -> None:

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import distclip
 from distclip.integrations.transformers import install
+from tests import oracle
 from tests.harness import on_ranks
-from tests.integrations.accelerators import environment
+from tests.integrations.accelerators import environment, pretend_gpus
 
 MAX_NORM = 0.5
 
@@ -51,7 +52,11 @@ def trainer(where: Path, **kwargs: Any) -> Trainer:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     } | kwargs
-    return Trainer(model, TrainingArguments(str(where), **arguments), train_dataset=Tokens())
+    training_arguments = TrainingArguments(str(where), **arguments)
+    if "fsdp" in kwargs:
+        assert training_arguments.device.type == "cpu"  # which settles that
+        pretend_gpus()
+    return Trainer(model, training_arguments, train_dataset=Tokens())
 
 
 def logged(t: Trainer, key: str) -> list[float]:
@@ -66,7 +71,10 @@ def side_by_side(where: Path, **kwargs: Any) -> list[float]:
             if with_distclip:
                 install(t)
             t.train()
-            weights = [p.detach().clone() for p in t.model.parameters()]
+            if "fsdp" in kwargs:
+                assert t.accelerator.distributed_type == "FSDP"
+                assert t.accelerator.is_fsdp2 == (kwargs["fsdp_config"]["version"] == 2)
+            weights = [oracle.dense(p) for p in t.model_wrapped.parameters()]
             runs.append((logged(t, "loss"), logged(t, "grad_norm"), weights))
             if with_distclip:
                 norms = logged(t, "grad_norm")
@@ -91,6 +99,20 @@ def test_side_by_side(tmp_path: Path, accumulate: int) -> None:
 @on_ranks(2)
 def test_side_by_side_on_two_ranks(rank: int, tmp_path: Path) -> list[float]:
     return side_by_side(tmp_path, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@on_ranks(2)
+def test_side_by_side_under_fsdp(rank: int, tmp_path: Path, version: int) -> list[float]:
+    """On the CPU as ``tests.integrations.accelerators`` says."""
+    config: dict[str, Any] = {"version": version, "cpu_ram_efficient_loading": False}
+    if version == 1:
+        config |= {
+            "reshard_after_forward": "FULL_SHARD",
+            "use_orig_params": True,
+            "sync_module_states": False,
+        }
+    return side_by_side(tmp_path, fsdp=True, fsdp_config=config)
 
 
 def percentile() -> distclip.Percentile:
