@@ -132,12 +132,29 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
     """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once)."""
-    torch._foreach_mul_(tensors, coefficient)
+    if _narrow_on_cuda(tensors[0]):
+        _multiply(tensors, [coefficient] * len(tensors))
+    else:
+        torch._foreach_mul_(tensors, coefficient)
 
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
     """Multiply each tensor by its own coefficient, [len(tensors)] float32."""
-    torch._foreach_mul_(tensors, coefficients.unbind())
+    if _narrow_on_cuda(tensors[0]):
+        _multiply(tensors, coefficients.unbind())
+    else:
+        torch._foreach_mul_(tensors, coefficients.unbind())
+
+
+def _narrow_on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and tensor.element_size() < 4
+
+
+def _multiply(tensors: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
+    """CUDA rounds a 0-dim coefficient to the tensor's dtype before it multiplies. One of one dimension it
+    leaves float32, and so the product, until it is stored."""
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        tensor.mul_(coefficient.view(1) if tensor.dim() else coefficient)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:

@@ -184,3 +184,20 @@ def test_the_choice_is_made_once_and_passed_on(monkeypatch: pytest.MonkeyPatch) 
         kernels.scale_each_(g, c.view(1))
     names = ("power_sums", "scale_", "scale_each_")
     assert called == {f"{module}.{name}": 1 for module in ("foreach", "triton") for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_foreach_on_cuda_rounds_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does there, done here; tests/gpu/test_triton.py sees that it does."""
+    monkeypatch.setattr(foreach, "_narrow_on_cuda", lambda tensor: True)
+    called: Counter[str] = Counter()
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda *a: called.update(["foreach"]))
+    tensors = [torch.randn(shape).to(dtype) for shape in ((1000,), (), (3, 4))]
+    c = torch.tensor(0.34567)
+    once = [(t.float() * c).to(dtype) for t in tensors]
+    foreach.scale_(tensors, c)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, once, strict=True))
+    want = [(t.float() * c.square()).to(dtype) for t in tensors]
+    foreach.scale_each_(tensors, c.square().expand(3))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, want, strict=True))
+    assert not called
