@@ -24,3 +24,9 @@ count_gpus() { # 1 where there is none: one rank, on the CPU
     "$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))' ||
         fail "$PYTHON has no torch: name one that has, PYTHON=…, or run launch/setup.sh"
 }
+
+restart_safely() { # before torchrun
+    # The ranks of a second life would share a store with those of the first, whose addresses they may read
+    # there, and wait for them in vain (gloo: "connectFullMesh failed"; seen with torch 2.13). So: a new one.
+    ((MAX_RESTARTS == 0)) || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-1}
+}

@@ -35,6 +35,7 @@ found=$("$PYTHON" "$here/launch/address.py" "$RDZV_ENDPOINT" "${IFACE-}") || fai
 read -r is_host address interface <<<"$found"
 
 export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface
+restart_safely
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1} # ranks that share a machine slow each other down otherwise
 echo "${0##*/}: $address on $interface, one of $NNODES machines, with $NPROC_PER_NODE ranks;" \
     "meeting at $RDZV_ENDPOINT for up to $JOIN_TIMEOUT s" >&2

@@ -16,6 +16,7 @@ source "$here/launch/common.sh"
 require_script "$@"
 require_count NPROC_PER_NODE "${NPROC_PER_NODE=$(count_gpus)}"
 require_count MAX_RESTARTS "${MAX_RESTARTS=0}" 0
+restart_safely
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1} # ranks that share a machine slow each other down otherwise
 exec "$PYTHON" -m torch.distributed.run --standalone \
     --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" "$@"
