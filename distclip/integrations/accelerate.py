@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from distclip._gradients import collect
 from distclip._loss_scale import LossScale, record
 from distclip._norms import Norms
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
-from distclip._plan import Plan, build_plan
+from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
 from distclip._synchronisation import Synchronisation
 from distclip.clipper import Clipper
@@ -32,7 +33,14 @@ from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.training.unscaling import unscale_
 
 _HANDLE = "_distclip"  # attribute of an accelerator that distclip is installed in
-_PATCHED = ("backward", "clip_grad_norm_", "clip_grad_value_", "unscale_gradients", "free_memory")
+_PATCHED = (
+    "backward",
+    "no_sync",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "unscale_gradients",
+    "free_memory",
+)
 _MOST_LISTS = 32  # of parameters; a script clips one or a few
 
 _REFUSED = {
@@ -65,7 +73,7 @@ def install(
       whatever the strategy.
     - Where ``accelerator.sync_gradients`` is false (``accelerator.accumulate``, before the last micro-batch),
       both do nothing: the norm, which nobody has measured, is NaN.
-    - Gradients of ``no_sync`` by hand are an error (under DDP at the first clip only).
+    - Clipping the gradients of ``accelerator.no_sync`` is an error on every rank.
     - With a float16 scaler, gradients are unscaled exactly once, whichever parameters are clipped, and all
       ranks agree on whether there were infinities. ``accelerator.unscale_gradients`` may be called before.
 
@@ -143,6 +151,8 @@ class Installed:
         # Of the micro-batches since the last clip, for a strategy that judges it.
         self._loss: Tensor | None = None
         self._loss_used = False
+        self._in_no_sync = 0
+        self._unsynchronised = False  # the last backward pass
         self._loaded: list[dict[str, Any]] = []  # states of lists that have not been clipped yet
         self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepSkipper] = (
             weakref.WeakKeyDictionary()
@@ -195,7 +205,17 @@ class Installed:
 
     # --- in the place of the accelerator's methods ------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _no_sync(self, model: nn.Module) -> Iterator[None]:
+        self._in_no_sync += 1
+        try:
+            with self._original["no_sync"](model):
+                yield
+        finally:
+            self._in_no_sync -= 1
+
     def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
+        self._unsynchronised = self._in_no_sync > 0
         if self._scaler is not None:
             self._scaler.forget()
         if self._strategy is not None and loss.numel() == 1:
@@ -246,6 +266,9 @@ class Installed:
     def _clip(self, lst: _List, policy: OnNonfinite) -> ClipReport:
         """Unscale, measure, decide, change: as ``Clipper.step`` does, up to the optimizer."""
         clipper, owners = lst.clipper, self._owners(lst)
+        clipper.require_synchronised()
+        if self._unsynchronised:  # of DDP the accelerator keeps the inner model, which does not tell
+            require_equal_gradients(clipper.plan, clipper.tensors)
         scaled = self._scaled(owners)
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
@@ -255,6 +278,7 @@ class Installed:
             self._unscale(scaled, lst)
         gradients, outcome = clipper._decide(inverse, policy, self._loss, param_norms=False)
         self._loss_used = True
+        assert gradients is not None  # they are collected after backward
         change(outcome, gradients, clipper._measured.slots)
         report = outcome.report
         if inverse is not None:

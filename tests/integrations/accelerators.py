@@ -40,7 +40,8 @@ MAX_NORM = 0.5
 
 @contextlib.contextmanager
 def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Iterator[Accelerator]:
-    """``kind``: single, ddp, fsdp1, fsdp2, hsdp (4 ranks), tp, fsdp2_tp (4 ranks). ``fp16``: loss scale."""
+    """``kind``: single, ddp, fsdp1, fsdp1_flat (without ``use_orig_params``), fsdp2, tp; on 4 ranks hsdp and
+    fsdp2_tp. ``fp16``: loss scale."""
     with environment(kind != "single"):
         if kind not in ("single", "ddp"):
             pretend_gpus()
@@ -49,7 +50,7 @@ def accelerator(kind: str, *, fp16: float | None = None, **kwargs: Any) -> Itera
         if fp16 is not None:
             accelerator.state._mixed_precision = "fp16"
             accelerator.native_amp = True
-            kind_of_scaler = ShardedGradScaler if kind == "fsdp1" else GradScaler
+            kind_of_scaler = ShardedGradScaler if kind.startswith("fsdp1") else GradScaler
             accelerator.scaler = kind_of_scaler("cpu", init_scale=fp16, growth_interval=1000)
         try:
             yield accelerator
@@ -94,11 +95,11 @@ def _parallelism(kind: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if kind in sizes:
         options["parallelism_config"] = ParallelismConfig(**sizes[kind])
-    if kind == "fsdp1":
+    if kind.startswith("fsdp1"):
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=1,
             reshard_after_forward="FULL_SHARD",
-            use_orig_params=True,
+            use_orig_params=kind == "fsdp1",
             cpu_ram_efficient_loading=False,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Even"],
@@ -160,7 +161,10 @@ class Job:
                 parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
             model.tp_size = 2  # as transformers notes on a model that it has made parallel
         options = {"lr": 0.05, "foreach": False, **kw}  # foreach cannot mix meshes
-        if kind == "fsdp2_tp":
+        if kind == "fsdp1_flat":  # whose parameters are made by prepare()
+            self.model = accelerator.prepare(model)
+            self.optimizer = accelerator.prepare(optimizer(self.model.parameters(), **options))
+        elif kind == "fsdp2_tp":
             # What prepare() does, less a step for which Accelerate 1.15 imports what transformers 5.23 lacks.
             self.model = fsdp2_prepare_model(accelerator, model)
             accelerator._models.append(self.model)

@@ -90,7 +90,7 @@ def test_single_process(p: float) -> None:
     side_by_side("single", p)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "tp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp"])
 @on_ranks(2)
 def test_two_ranks(rank: int, kind: str) -> list[float]:
     return side_by_side(kind)
@@ -120,7 +120,7 @@ def test_the_norm_under_fsdp2_is_no_dtensor(rank: int) -> list[float]:
         return [mine.item()]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "tp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp"])
 @on_ranks(2)
 def test_value_clipping(rank: int, kind: str) -> None:
     """Accelerate refuses it under FSDP, and torch cannot mix DTensors (tensor parallelism) with others."""
@@ -130,7 +130,7 @@ def test_value_clipping(rank: int, kind: str) -> None:
         for seed in range(2):
             job.backward(seed)
             alone.backward(seed)
-            if kind in ("fsdp1", "fsdp2"):
+            if kind.startswith("fsdp"):
                 with pytest.raises(Exception, match="do not support `clip_grad_value_`"):
                     a.clip_grad_value_(job.model.parameters(), 0.01)
             elif kind == "tp":
@@ -399,19 +399,19 @@ def test_accumulation_in_accelerate_without_the_if(rank: int) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 @on_ranks(2)
 def test_unsynchronised_gradients_are_an_error(rank: int, kind: str) -> None:
-    """``no_sync`` by hand, of which ``sync_gradients`` knows nothing. Under DDP, of which the accelerator
-    keeps the inner model alone, it is noticed at the first clip."""
+    """``no_sync`` by hand, of which ``sync_gradients`` knows nothing."""
     with accelerator(kind) as a:
         job = Job(a, kind)
         install(a)
-        if kind != "ddp":
-            job.backward(0)
-            a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
-            job.optimizer.zero_grad()
+        job.backward(0)
+        a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
+        job.optimizer.zero_grad()
         with a.no_sync(job.model):
             job.backward(1)
         with pytest.raises((ValueError, distclip.OwnershipError)):
             a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
+        job.backward(1)  # which synchronises what there is
+        a.clip_grad_norm_(job.model.parameters(), MAX_NORM)
 
 
 @on_ranks(2)
