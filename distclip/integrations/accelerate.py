@@ -96,8 +96,9 @@ def install(
         TypeError: ``accelerator`` or ``strategy`` is none.
 
     Example:
+        >>> from distclip.integrations.accelerate import install
         >>> accelerator = Accelerator(mixed_precision="bf16")
-        >>> clipping = distclip.integrations.accelerate.install(accelerator)
+        >>> clipping = install(accelerator)
         >>> ...
         >>> accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
         >>> print(clipping.report)

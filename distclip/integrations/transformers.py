@@ -52,8 +52,9 @@ def install(
         TypeError: ``trainer`` or ``strategy`` is none.
 
     Example:
+        >>> from distclip.integrations.transformers import install
         >>> trainer = Trainer(model, TrainingArguments("out", max_grad_norm=1.0), train_dataset=data)
-        >>> distclip.integrations.transformers.install(trainer, distclip.ZClip())
+        >>> install(trainer, distclip.ZClip())
         >>> trainer.train()
         {'loss': '2.91', 'grad_norm': '1.37', 'clip_threshold': '1', 'clip_rate': '0.1', ...}
     """

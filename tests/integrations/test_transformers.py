@@ -190,6 +190,17 @@ def test_no_clipping_still_logs_the_norm(tmp_path: Path) -> None:
         assert logged(t, "clip_rate") == [0.0, 0.0]
 
 
+def test_the_trainer_does_not_clip_mixed_meshes_by_itself(tmp_path: Path) -> None:
+    """Where it has seen gradients on several meshes it takes another way than through its accelerator."""
+    with environment(False):
+        t = trainer(tmp_path, max_steps=2)
+        t._mixed_mesh_grads = True  # as it notes that
+        install(t, distclip.PerParameter(0.01))
+        t.train()
+        assert logged(t, "clip_rate") == [1.0, 1.0]
+        assert not logged(t, "clip_threshold")  # there is one for each parameter
+
+
 def test_removal(tmp_path: Path) -> None:
     with environment(False):
         t = trainer(tmp_path, max_steps=1)
