@@ -627,6 +627,8 @@ def test_removal() -> None:
             assert name not in vars(a)
             assert getattr(a, name).__func__ is getattr(Accelerator, name)
         assert not job.optimizer.optimizer._optimizer_step_pre_hooks
+        with install(a):
+            assert a._custom_objects == []  # no state: a checkpoint from before it was installed still loads
         own = a.backward = lambda loss: loss.backward()  # of the script
         install(a).remove()
         assert a.backward is own
