@@ -124,14 +124,31 @@ def bits(tensor: Tensor) -> Tensor:
 def test_power_sums_equal_float64(p: float, dtype: torch.dtype, launches: Counter[str]) -> None:
     sizes = (1, 7, 1024, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2047, 20_005)
     tensors = [torch.randn(n).to(dtype) for n in sizes]
-    assert measured(tensors, p) == close(tensors, p)
+    sums = measured(tensors, p)
+    assert sums == close(tensors, p)
     assert launches == {"sum_chunks": 1, "sum_tensors": 1}
+    if math.isinf(p):
+        assert sums == [exact(t, p) for t in tensors]  # nothing is rounded
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_many_chunks_of_one_tensor(p: float) -> None:
     tensors = [torch.randn(130 * CHUNK + 5), torch.randn(3)]
     assert measured(tensors, p) == close(tensors, p)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_more_chunks_than_are_joined_at_once(bad: float) -> None:
+    chunks = torch.rand(700, dtype=torch.float64)
+    chunks[650] = bad
+    bounds, block = [0, 300, 300, 301, 700], 128
+    parts = [chunks[a:b] for a, b in pairwise(bounds)]
+    out = torch.full((4,), -1.0, dtype=torch.float64)
+    programs.sum_tensors[(4,)](chunks, torch.tensor(bounds, dtype=torch.int32), out, P=2.0, BLOCK=block)
+    assert out.tolist() == pytest.approx([part.sum().item() for part in parts], nan_ok=True)
+    programs.sum_tensors[(4,)](chunks, torch.tensor(bounds, dtype=torch.int32), out, P=0.0, BLOCK=block)
+    want = [part.max().item() if len(part) else 0.0 for part in parts]
+    assert out.tolist() == pytest.approx(want, rel=0, abs=0, nan_ok=True)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.113, 1 / 3, 1.1])
@@ -201,6 +218,8 @@ def test_empty_tensors(launches: Counter[str]) -> None:
     host.scale_(tensors, torch.tensor(2.0))
     host.scale_each_(tensors, torch.tensor([9.0, 9.0, 9.0, 2.0, 9.0]))
     assert torch.equal(tensors[3], before * 4)
+    small = [torch.zeros(0), torch.full((2,), 3.0)]
+    assert measured(small, 2) == [0.0, 18.0]
     launches.clear()
     assert measured([torch.zeros(0)] * 2, 2) == [0.0, 0.0]
     host.scale_([torch.zeros(0)], torch.tensor(2.0))
