@@ -136,16 +136,30 @@ def _scaled_norm(norms: Norms, coefficient: Tensor) -> Tensor:
     return combine(norms.slots * coefficient, norms.norm_type)
 
 
+def changes(outcome: Outcome) -> bool:
+    """Whether anything is to be done to the gradients, as far as the host can know without waiting.
+
+    On the CPU the flags are simply looked at. On an accelerator that would wait for the device, and a
+    coefficient of exactly 1 changes no bit anyway.
+    """
+    changed = outcome.report.clipped
+    if torch.compiler.is_compiling() or changed.device.type != "cpu":
+        return True
+    if outcome.factor is not None:
+        changed = changed | (outcome.factor != 1)
+    if outcome.zero is not None:
+        changed = changed | outcome.zero
+    return bool(changed.item())
+
+
 def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None:
     """Do to the gradients what has been resolved; where that is nothing, no bit of them changes."""
+    if not changes(outcome):
+        return
     coefficient, factor, bound = outcome.coefficient, outcome.factor, outcome.bound
-    changed = outcome.report.clipped
     if factor is not None:
-        changed = changed | (factor != 1)
         coefficient = factor if coefficient is None else coefficient * factor
-    # On the CPU the flag is simply looked at. On an accelerator that would wait for the device, and a
-    # coefficient of exactly 1 changes no bit anyway.
-    if torch.compiler.is_compiling() or changed.device.type != "cpu" or changed.item():
+    if coefficient is not None or bound is not None:
         for bucket in gradients.buckets:
             device = bucket.tensors[0].device
             if coefficient is not None and coefficient.dim() == 0:
@@ -159,14 +173,7 @@ def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None
                     unit = outcome.bound_unit(gradients.parameters[i])
                     if unit is not None:
                         kernels.clamp_each_(tensor, bound.to(device), unit)
-        gradients.commit()
     if outcome.zero is not None:
-        _zero_where(outcome.zero, gradients)
-
-
-def _zero_where(condition: Tensor, gradients: Gradients) -> None:
-    if not torch.compiler.is_compiling() and condition.device.type == "cpu" and not condition.item():
-        return
-    for bucket in gradients.buckets:
-        kernels.fill_where_(bucket.tensors, 0.0, condition.to(bucket.tensors[0].device))
+        for bucket in gradients.buckets:
+            kernels.fill_where_(bucket.tensors, 0.0, outcome.zero.to(bucket.tensors[0].device))
     gradients.commit()

@@ -54,23 +54,26 @@ class Measurement:
 
     def norms(
         self,
-        gradients: Gradients,
+        gradients: Gradients | None,
         param_norms: bool = False,
         factor: Tensor | None = None,
         loss: Tensor | None = None,
+        ready: Tensor | None = None,
     ) -> tuple[Norms, Norms | None]:
         """The norms that the strategy wants, and those of the parameters where they are measured as well.
 
         Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
-        One all-reduce at most. ``loss``: [] this rank's, or None where it has none.
+        One all-reduce at most. ``loss``: [] this rank's, or None where it has none. ``ready``: what
+        has been measured already, in place of the gradients.
         """
         if isinstance(self.slots, Units):
+            assert gradients is not None
             return self._norms_of_units(self.slots, gradients, param_norms)
         plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
         meter = self._meter(param_norms or own)
         count = self._strategy.num_extra
         beside = _with_count(loss, plan.device) if self._strategy.uses_loss else None
-        sums, tail = meter.power_sums(gradients, factor, beside)
+        sums, tail = meter.power_sums(gradients, factor, beside, ready)
         by_parameter = meter.norms(sums) if param_norms or own else None
         if param_norms and not own:
             if self._slot_of_every is None:

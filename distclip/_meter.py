@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,18 +43,26 @@ class Meter:
         return self.norms(self.power_sums(gradients, factor)[0])
 
     def power_sums(
-        self, gradients: Gradients, factor: Tensor | None = None, beside: Tensor | None = None
+        self,
+        gradients: Gradients | None,
+        factor: Tensor | None = None,
+        beside: Tensor | None = None,
+        ready: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and what has
         travelled with them, float64: the extra sums of the gradients times ``factor``, then the sums over
-        ranks of the numbers ``beside``."""
+        ranks of the numbers ``beside``. ``ready``: the sums of this rank's gradients, [num_parameters]
+        float64, in place of the gradients."""
         plan, p = self.plan, self._norm_type
         message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
-        for bucket in gradients.buckets:
+        if ready is not None and ready.numel():
+            message = self._joined(ready, *self._columns_of(range(ready.numel()), ready.device))
+        for bucket in gradients.buckets if ready is None and gradients is not None else ():
             contribution = self._contribution(bucket).to(plan.device)
             message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
         parts = [message]
         if self._extra is not None:
+            assert gradients is not None
             count, elementwise = self._extra
             extra = torch.zeros(count, dtype=torch.float64, device=plan.device)
             for bucket in gradients.buckets:
@@ -74,7 +82,10 @@ class Meter:
     def _contribution(self, bucket: Bucket) -> Tensor:
         """[num_slots] float64: what one bucket adds; each element counts 1 / multiplicity."""
         sums = kernels.power_sums(bucket.tensors, self._norm_type, self._accumulate)
-        slot, share = self._columns_of(bucket)
+        return self._joined(sums, *self._columns_of(bucket.parameters, sums.device))
+
+    def _joined(self, sums: Tensor, slot: Tensor, share: Tensor) -> Tensor:
+        """[num_slots]: from the sums of gradients, the slot of each and its share, all of one length."""
         if math.isinf(self._norm_type):
             if self.slots.size == 1:
                 return sums.amax(0, keepdim=True)
@@ -83,13 +94,12 @@ class Meter:
             return torch.dot(sums, share).unsqueeze(0)
         return sums.new_zeros(self.slots.size).index_add_(0, slot, sums * share)
 
-    def _columns_of(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        device = bucket.tensors[0].device
-        key = (device, tuple(bucket.parameters))
+    def _columns_of(self, parameters: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (device, tuple(parameters))
         if key not in self._shares:
             if len(self._shares) >= 64:  # gradients that come and go: keep the memory bounded
                 self._shares.clear()
-            shares = [1.0 / self.plan.multiplicities[i] for i in bucket.parameters]
+            shares = [1.0 / self.plan.multiplicities[i] for i in parameters]
             self._shares[key] = torch.tensor(shares, dtype=torch.float64, device=device)
         return self.slots.index(key[1], device), self._shares[key]
 

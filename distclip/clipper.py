@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip._accumulation import MicroBatch, Window
 from distclip._advice import Advice
-from distclip._apply import OnNonfinite, Outcome, change, require_policy, resolve
+from distclip._apply import OnNonfinite, Outcome, change, changes, require_policy, resolve
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
@@ -24,6 +25,7 @@ from distclip._loss_scale import LossScale, reciprocal
 from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._optimizer_step import require_covered, require_fused, take_step
+from distclip._overlap import Overlap
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
@@ -55,6 +57,13 @@ class Clipper:
         apply: ``"inplace"`` changes the gradients; ``"deferred"`` leaves that to :meth:`step`'s optimizer,
             which takes the coefficient (and the loss scale) along in its own pass. For fused Adam, AdamW,
             SGD and Adagrad, and strategies with one coefficient for all.
+        overlap: measure each gradient during backward, as soon as it is final, so that after backward only
+            the collective and the decision remain: those of FSDP2 and other DTensors, of DDP modules in
+            ``parameters``, and of a single process. The rest is measured after backward, and so is whatever
+            has been changed since, unless behind autograd's back, through ``p.grad.data`` say, and only in
+            part. (With a GradScaler call :meth:`step`: what its ``unscale_`` does goes behind it too.) Not
+            for unit-wise strategies and those with sums of their own (``AGC``,
+            ``Value(measure_direction=True)``), nor with a comm hook of one's own on DDP.
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
 
@@ -85,12 +94,15 @@ class Clipper:
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         on_nonfinite: OnNonfinite = "skip",
         apply: Literal["inplace", "deferred"] = "inplace",
+        overlap: bool = False,
         accumulate: torch.dtype = torch.float32,
     ) -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(f"{strategy=}: expected a distclip.Strategy, e.g. distclip.GlobalNorm(1.0)")
         if apply not in ("inplace", "deferred"):
             raise ValueError(f"{apply=}: expected 'inplace' or 'deferred'")
+        if overlap and (strategy.per_unit or strategy.num_extra):
+            raise ValueError(f"overlap=True: {strategy} wants more than norms, and measures after backward")
         if accumulate not in (torch.float32, torch.float64):
             raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
         self.strategy = strategy
@@ -107,6 +119,8 @@ class Clipper:
         self._managed: list[Tensor] = []  # by FSDP1
         self._plan: Plan | None = None
         self._measurement: Measurement | None = None
+        self._overlaps = overlap
+        self._overlap: Overlap | None = None
         self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
 
     @property
@@ -123,6 +137,8 @@ class Clipper:
                 named, self._process_group, self._stages, everyone=self.strategy.uses_loss
             )
             self._measurement = Measurement(self._plan, self.strategy, self.tensors, self._accumulate)
+            if self._overlaps:
+                self._gather_in_backward(self._plan)
             self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
             self.strategy.prepare(self._plan.every)
             self.strategy.to(self._plan.device)
@@ -150,7 +166,7 @@ class Clipper:
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
         gradients, outcome = self._decide(None, self.on_nonfinite, loss, param_norms=param_norms)
-        change(outcome, gradients, self._measured.slots)
+        self._change(outcome, gradients)
         self._window.close()
         self._observe(outcome.report)
         return outcome.report
@@ -198,12 +214,14 @@ class Clipper:
         policy = self.on_nonfinite
         if policy == "propagate" and loss_scale.scaler is not None:
             policy = "skip"
+        if self._overlap is not None and scaler is not None and loss_scale.inverse is None:
+            self._overlap.forget()  # they have been unscaled
         gradients, outcome = self._decide(loss_scale.inverse, policy, loss, param_norms=param_norms)
         grad_scale = None
         if self._deferred:
             grad_scale = _grad_scale(outcome)
         else:
-            change(outcome, gradients, self._measured.slots)
+            self._change(outcome, gradients)
         for each in optimizers:
             take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
         loss_scale.finish(outcome.report.nonfinite)
@@ -250,15 +268,19 @@ class Clipper:
         loss: Tensor | None,
         *,
         param_norms: bool,
-    ) -> tuple[Gradients, Outcome]:
-        """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy."""
+    ) -> tuple[Gradients | None, Outcome]:
+        """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy.
+
+        The gradients are None where they had been measured in backward and need not be collected.
+        """
         self.require_synchronised()
         plan = self.plan
         if self.strategy.uses_loss:
             loss = local_loss(loss, optional=plan.scope.stages is not None)
-        gradients = self._measured.collect(param_norms)
+        ready = None if self._overlap is None else self._overlap.sums()
+        gradients = self._measured.collect(param_norms) if ready is None else None
         factor = self._factor(inverse_scale, plan.device)
-        norms, by_parameter = self._measured.norms(gradients, param_norms, factor, loss)
+        norms, by_parameter = self._measured.norms(gradients, param_norms, factor, loss, ready)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
@@ -270,6 +292,27 @@ class Clipper:
             report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
             outcome = replace(outcome, report=report)
         return gradients, outcome
+
+    def _change(self, outcome: Outcome, gradients: Gradients | None) -> None:
+        if gradients is None:
+            if not changes(outcome):
+                return
+            gradients = self._measured.collect()
+        change(outcome, gradients, self._measured.slots)
+
+    def _gather_in_backward(self, plan: Plan) -> None:
+        if plan.partial or any(p.partial for p in plan.placements):
+            return  # these are summed first, after backward
+        if self._overlap is not None:
+            self._overlap.remove()
+        self._overlap = Overlap(
+            plan, self.tensors, self._modules(), self.strategy.norm_type, self._accumulate
+        )
+        weakref.finalize(self, self._overlap.remove)
+
+    def _modules(self) -> list[nn.Module]:
+        source = self._source if isinstance(self._source, list) else [self._source]
+        return [m for m in source if isinstance(m, nn.Module)]
 
     def _observe(self, report: ClipReport) -> None:
         if not torch.compiler.is_compiling():
@@ -323,8 +366,7 @@ class Clipper:
     @property
     def _synchronisation(self) -> Synchronisation:
         if self._synchronisation_ is None:
-            source = self._source if isinstance(self._source, list) else [self._source]
-            self._synchronisation_ = Synchronisation([m for m in source if isinstance(m, nn.Module)])
+            self._synchronisation_ = Synchronisation(self._modules())
         return self._synchronisation_
 
     def describe(self) -> Description:

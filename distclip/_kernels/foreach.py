@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from threading import get_ident
 
 import torch
@@ -43,10 +43,12 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 
 
 def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
-    numels = tuple([tensor.numel() for tensor in tensors])
-    # The memory that rows are measured into is kept, for each thread its own.
-    rows = _cut(numels) if torch.compiler.is_compiling() else _rows_of(numels, get_ident())
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if torch.compiler.is_compiling():
+        rows, contiguous = _cut(tuple([t.numel() for t in tensors])), all(t.is_contiguous() for t in tensors)
+    else:  # the memory that rows are measured into is kept, for each thread its own
+        rows = _rows_of(tuple(map(Tensor.numel, tensors)), get_ident())
+        contiguous = all(map(Tensor.is_contiguous, tensors))
+    if not contiguous:
         tensors = [_flat(tensor) for tensor in tensors]
     if not rows.large:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square_()
@@ -97,10 +99,11 @@ def _rows_of(numels: tuple[int, ...], thread: int) -> _Rows:
 
 
 def _cut(numels: tuple[int, ...]) -> _Rows:
+    length_of = {numel: _row_length(numel) for numel in set(numels)}
     shapes: list[tuple[int, int]] = []
     rest: list[tuple[int, int]] = []
     for i, numel in enumerate(numels):
-        length = _row_length(numel)
+        length = length_of[numel]
         count = numel // length if numel > _CPU_SMALL else 0
         shapes.append((count, length))
         if count * length < numel:
@@ -117,7 +120,6 @@ def _cut(numels: tuple[int, ...]) -> _Rows:
     )
 
 
-@cache
 def _row_length(numel: int) -> int:
     return next((n for n in _ROW_LENGTHS if numel % n == 0), _CPU_ROW) if numel > _CPU_SMALL else _CPU_ROW
 

@@ -75,7 +75,8 @@ def study(
 
 def cost(world: tuple[int, int], number: int) -> Cost:
     with _world(world) as mesh:
-        parameters = [_parameter(mesh, i) for i in range(number)]
+        dp = mesh["dp"]
+        parameters = [_parameter(mesh, dp, i) for i in range(number)]
         clipper = Clipper(parameters, GlobalNorm(1e30))
         with _sent() as planning:
             start = time.perf_counter()
@@ -96,13 +97,13 @@ def cost(world: tuple[int, int], number: int) -> Cost:
     )  # fmt: skip
 
 
-def _parameter(mesh: DeviceMesh, i: int) -> Tensor:
+def _parameter(mesh: DeviceMesh, dp: DeviceMesh, i: int) -> Tensor:
     local = torch.ones(2, 2)
     if i % 4 == 3:
         parameter: Tensor = nn.Parameter(local)
         parameter.grad = torch.ones(2, 2)
         return parameter
-    placed = (mesh["dp"], [Shard(0)]) if i % 4 == 2 else (mesh, [Shard(0), Shard(1)])
+    placed = (dp, [Shard(0)]) if i % 4 == 2 else (mesh, [Shard(0), Shard(1)])
     # (nn.Parameter would detach, and DTensor remembers that by a mesh that may be gone.)
     parameter = DTensor.from_local(local, *placed, run_check=False).requires_grad_(True)
     parameter.grad = DTensor.from_local(torch.ones(2, 2), *placed, run_check=False)

@@ -1,0 +1,260 @@
+"""Norms gathered during backward: each gradient is measured as soon as it is final.
+
+What has been measured is kept with the gradient's address and version. Only what still has both at the clip
+is used, the rest is measured then, so that the norm is that of the gradients as they are, whatever
+accumulates into them or puts others in their place. But ``GradScaler.unscale_`` and collectives change
+gradients without a new version: a few elements are kept too, and where these have changed everything is
+measured anew (on an accelerator, where the host would have to wait to know, the norm becomes NaN).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip import _kernels as kernels
+from distclip._placement import MANAGED
+from distclip._plan import Plan
+from distclip._reduction import local_of
+from distclip._synchronisation import wrappers
+
+_BATCH = 1 << 20  # elements that are measured in one go
+_SAMPLED = 4  # gradients, 16 elements of each
+_NOTHING = (0, -1)  # in place of the address and the version of a gradient that is not there
+
+_version = attrgetter("_version")
+
+
+class Overlap:
+    """Measures the gradients of a plan while backward runs.
+
+    Taken as they arrive: gradients of DTensors (FSDP2 after its reduce-scatter), of the DDP modules in
+    ``modules`` after their all-reduce, and of plain parameters in a world of one rank. Whatever else there is
+    (FSDP1, plain parameters whose synchronisation nobody can see) is measured at the clip.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        norm_type: float,
+        accumulate: torch.dtype,
+    ) -> None:
+        self._parameters = [tensors[i] for i in plan.positions]
+        self._norm_type, self._accumulate, self._device = norm_type, accumulate, plan.device
+        self._sums = torch.zeros(len(self._parameters), dtype=torch.float64, device=plan.device)
+        self._seals: list[tuple[int, int]] = [_NOTHING] * len(self._parameters)
+        self._arrived: list[int] = []  # not measured yet
+        self._size = 0  # elements of these
+        self._unsealed: list[int] = []  # measured or not
+        self._sampled: list[tuple[int, Tensor]] = []
+        self._sharded = [i for i, p in enumerate(self._parameters) if isinstance(p, DTensor)]
+        self._placements = [p.torch_placements for p in plan.placements]
+        self._specs: list[Any] = [None] * len(self._parameters)  # that were found to be in order
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._handles: list[Any] = []
+        self._queued = False
+        self._listen(modules)
+
+    def _listen(self, modules: Sequence[nn.Module]) -> None:
+        me = weakref.ref(self)
+        under_ddp: set[int] = set()
+        index = {id(p): i for i, p in enumerate(self._parameters)}
+        for module in wrappers(modules):
+            if isinstance(module, DistributedDataParallel):
+                under_ddp |= {id(p) for p in module.parameters()}
+                module.register_comm_hook(None, _after_all_reduce(me, index, module.process_group))
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        for i, parameter in enumerate(self._parameters):
+            final = isinstance(parameter, DTensor) or (alone and not hasattr(parameter, MANAGED))
+            if final and id(parameter) not in under_ddp and parameter.requires_grad:
+                hook = _after_accumulation(me, i)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """Take the hooks away. (That of DDP cannot be: it goes on as DDP's own all-reduce.)"""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def arrive(self, i: int) -> None:
+        """Gradient i is final, unless backward goes on to add to it."""
+        gradient = self._parameters[i].grad
+        if gradient is None:
+            return
+        self._arrived.append(i)
+        self._unsealed.append(i)
+        self._size += gradient.numel()
+        if self._size >= _BATCH:
+            self._measure_arrived()
+        self.queue()
+
+    def queue(self) -> None:
+        """Have what has arrived sealed at the end of this backward pass."""
+        if not self._queued:
+            self._queued = True
+            # Twice, because DDP puts the gradients in their place in such a callback of its own.
+            _at_the_end(lambda: _at_the_end(self._seal))
+
+    def expect(self, parameters: Sequence[int]) -> None:
+        """These are being measured elsewhere, and are to be sealed."""
+        self._unsealed.extend(parameters)
+        self.queue()
+
+    def _seal(self) -> None:
+        self._queued = False
+        self._measure_arrived()
+        for i in self._unsealed:
+            self._seals[i] = _seal_of(self._parameters[i].grad)
+        self._unsealed.clear()
+        sealed = [i for i, seal in enumerate(self._seals) if seal != _NOTHING]
+        chosen = sealed[:: max(1, len(sealed) // _SAMPLED)]
+        self._sampled = [(i, _sample(self._parameters[i].grad)) for i in chosen]
+
+    def forget(self) -> None:
+        """The gradients have been changed."""
+        self._seals = [_NOTHING] * len(self._seals)
+
+    def _measure_arrived(self) -> None:
+        arrived, self._arrived, self._size = list(dict.fromkeys(self._arrived)), [], 0
+        self._measure(arrived, [self._parameters[i].grad for i in arrived])
+
+    @torch.no_grad()
+    def _measure(self, parameters: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        together: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+        for i, gradient in zip(parameters, gradients, strict=True):
+            local = None if gradient is None else local_of(gradient)
+            if local is not None and _is_simple(local) and local.numel():
+                members, tensors = together.setdefault((local.device, local.dtype), ([], []))
+                members.append(i)
+                tensors.append(local)
+        for members, tensors in together.values():
+            self.put(members, kernels.power_sums(tensors, self._norm_type, self._accumulate))
+
+    def put(self, parameters: Sequence[int], sums: Tensor) -> None:
+        key = tuple(parameters)
+        if key not in self._indices:
+            if len(self._indices) >= 1024:
+                self._indices.clear()
+            self._indices[key] = torch.tensor(key, device=self._device)
+        self._sums.index_copy_(0, self._indices[key], sums.to(self._device))
+
+    def sums(self) -> Tensor | None:
+        """``Σ|g|^p`` (``max|g|``) of this rank's part of each gradient as it is, [num_parameters] float64.
+
+        None where gradients share memory, are no plain strided tensors or have yet to be summed: those are
+        collected and measured in the usual way.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        gradients = [parameter.grad for parameter in self._parameters]
+        if not self._lie_as_their_parameters(gradients):
+            return None
+        locals_ = [None if g is None else local_of(g) for g in gradients]
+        present = [local for local in locals_ if local is not None and local.numel()]
+        if not all(map(_is_simple, present)):
+            return None
+        addresses = list(map(Tensor.data_ptr, present))
+        if len(set(addresses)) != len(addresses):
+            return None
+        found = iter(zip(addresses, map(_version, present), strict=True))
+        seals = [_NOTHING if local is None or not local.numel() else next(found) for local in locals_]
+        untouched = self._untouched(seals)
+        if untouched is not None and self._device.type == "cpu" and not untouched.item():
+            self.forget()
+        if seals != self._seals:
+            changed = [i for i, (new, old) in enumerate(zip(seals, self._seals, strict=True)) if new != old]
+            self.put(changed, torch.zeros(len(changed), dtype=torch.float64))
+            self._measure(changed, [gradients[i] for i in changed])
+            self._seals = seals
+            self._sampled = []
+        if untouched is not None and self._device.type != "cpu":
+            return torch.where(untouched, self._sums, torch.nan)
+        return self._sums
+
+    def _lie_as_their_parameters(self, gradients: Sequence[Any]) -> bool:
+        for i in self._sharded:
+            gradient = gradients[i]
+            if gradient is not None and gradient._spec is not self._specs[i]:
+                if gradient._spec.placements != self._placements[i]:
+                    return False
+                self._specs[i] = gradient._spec
+        return True
+
+    def _untouched(self, seals: Sequence[tuple[int, int]]) -> Tensor | None:
+        """[] bool: whether the samples of the gradients that seem unchanged are."""
+        kept = [(i, sample) for i, sample in self._sampled if seals[i] == self._seals[i]]
+        if not kept:
+            return None
+        now = torch.stack([_sample(self._parameters[i].grad) for i, _ in kept])
+        then = torch.stack([sample for _, sample in kept])
+        return ((now == then) | (now.isnan() & then.isnan())).all()
+
+
+def _is_simple(local: Tensor) -> bool:
+    return type(local) is Tensor and local.layout is torch.strided
+
+
+def _seal_of(gradient: Tensor | None) -> tuple[int, int]:
+    local = None if gradient is None else local_of(gradient)
+    if local is None or not _is_simple(local) or not local.numel():
+        return _NOTHING
+    return local.data_ptr(), local._version
+
+
+def _sample(gradient: Tensor | None) -> Tensor:
+    """[] float64: some of its elements, told apart by their sum."""
+    assert gradient is not None
+    with torch.no_grad():
+        some = local_of(gradient)
+        while some.dim():
+            some = some[:16].sum(dtype=torch.float64) if some.dim() == 1 else some[0]
+        return some.double()
+
+
+def _after_accumulation(me: weakref.ref[Overlap], i: int) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        overlap = me()
+        if overlap is not None:
+            overlap.arrive(i)
+
+    return hook
+
+
+def _after_all_reduce(
+    me: weakref.ref[Overlap], index: dict[int, int], group: dist.ProcessGroup
+) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        members = [index.get(id(p), -1) for p in bucket.parameters()]
+        gradients = bucket.gradients()
+        overlap = me()
+        if overlap is not None:
+            overlap.expect([i for i in members if i >= 0])
+
+        def measure(future: torch.futures.Future[Tensor]) -> Tensor:
+            overlap = me()
+            if overlap is not None:
+                here = [(i, g) for i, g in zip(members, gradients, strict=True) if i >= 0]
+                overlap._measure([i for i, _ in here], [g for _, g in here])
+            return future.value()
+
+        return allreduce_hook(group, bucket).then(measure)
+
+    hook.__annotations__.clear()  # DDP refuses them as strings
+    return hook
+
+
+def _at_the_end(callback: Callable[[], None]) -> None:
+    """Of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
