@@ -9,6 +9,8 @@ pass. The scaler of ``16-mixed`` is one for the CPU, handed to the real ``MixedP
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -411,3 +413,35 @@ def test_sharded(kind: str, fused: bool) -> None:
     fit(one, norms, gradient_clip_val=MAX_NORM, **(scaled() if fused else {}))
     assert min(norms.seen) < MAX_NORM < max(norms.seen)
     fit_on_two(kind, fused, weights(one), norms.seen)
+
+
+OTHER_NAME = """
+import warnings
+warnings.simplefilter("ignore")
+import pytorch_lightning as pl, torch
+import distclip
+from distclip.integrations.lightning import ClipGradients
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(2))
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+    def training_step(self, batch, i):
+        return (self.w * torch.tensor([3.0, 4.0])).sum()
+
+model, clip = Model(), ClipGradients(distclip.GlobalNorm(1.0))
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer = pl.Trainer(accelerator="cpu", max_steps=1, callbacks=[clip], **quiet)
+trainer.fit(model, torch.utils.data.DataLoader([0, 1]))
+assert isinstance(clip, pl.Callback)
+print(clip.report.total_norm.item(), [round(x, 4) for x in model.w.tolist()])
+"""
+
+
+def test_under_its_other_name() -> None:
+    """``pytorch_lightning`` is the same code with classes of its own."""
+    done = subprocess.run([sys.executable, "-c", OTHER_NAME], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "5.0 [-0.6, -0.8]"
