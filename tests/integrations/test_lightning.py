@@ -395,6 +395,31 @@ def fit_on_two(rank: int, kind: str, fused: bool, want: list[list[float]], want_
     dist.barrier()
 
 
+@on_ranks(2)
+def resume_on_two(rank: int, saved: Path) -> list[float]:
+    quiet()
+
+    def make() -> tuple[Model, ClipGradients, Reports]:
+        clip = ClipGradients(distclip.ZClip(warmup=4, z_threshold=0.5))
+        return Model(sharded="fsdp2"), clip, Reports(clip)
+
+    model, clip, whole_run = make()
+    fit(model, clip, whole_run, max_epochs=2, **on_two("fsdp2"))
+    model, clip, _ = make()
+    fit(model, clip, **on_two("fsdp2")).save_checkpoint(saved)  # a directory, written by all ranks
+    model, clip, resumed = make()
+    fit(model, clip, resumed, ckpt_path=saved, max_epochs=2, **on_two("fsdp2"))
+    assert clip.clippers[0].steps == 12
+    for got, want in zip(resumed.seen, whole_run.seen[6:], strict=True):
+        assert (got.total_norm, got.threshold) == (want.total_norm, want.threshold)
+    dist.barrier()
+    return resumed.norms
+
+
+def test_state_is_restored_with_a_distributed_checkpoint(tmp_path: Path) -> None:
+    resume_on_two(tmp_path / "saved")
+
+
 class Weights(pl.Callback):
     """The whole weights at the end, from every rank's part of them."""
 
