@@ -86,8 +86,9 @@ def test_two_hosts_train_as_one_does(hosts: list[tuple[str, str]], tmp_path: Pat
         said = [machine.communicate(timeout=100) for machine in machines]
     finally:
         for machine in machines:
-            machine.kill()
-            machine.wait()
+            machine.terminate()  # torchrun then ends its ranks
+        for machine in machines:
+            machine.wait(60)
     assert [machine.returncode for machine in machines] == [0, 0], said
     for (_, address), (_, errors) in zip(hosts, said, strict=True):
         assert f"multinode.sh: {address} on cable, one of 2 machines, with 1 ranks" in errors

@@ -25,6 +25,17 @@ def test_torchrun_starts_as_many_ranks_as_asked_for() -> None:
     assert "norms on all 2 ranks: bit-identical" in done.stdout
 
 
+@pytest.mark.parametrize(("starter", "restarts"), [("torchrun", "1"), ("multinode", "1"), ("torchrun", "0")])
+def test_a_second_life_gets_a_store_of_its_own(starter: str, restarts: str, tmp_path: Path) -> None:
+    """In that of the first, gloo finds the addresses of ranks that are gone, now and then."""
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ.get('TORCHELASTIC_USE_AGENT_STORE'))")
+    env = environment(**NODE, MAX_RESTARTS=restarts)
+    done = run("bash", LAUNCH / f"{starter}.sh", script, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("False" if restarts == "1" else "True")
+
+
 @pytest.mark.parametrize(
     ("starter", "change", "arguments", "text"),
     [
