@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -30,6 +31,8 @@ _BATCH = 1 << 20  # elements that are measured in one go
 _SAMPLED = 4  # gradients, 16 elements of each
 _NOTHING = (0, -1)  # in place of the address and the version of a gradient that is not there
 
+_gradient = attrgetter("grad")
+_local = attrgetter("_local_tensor")
 _version = attrgetter("_version")
 
 
@@ -57,7 +60,8 @@ class Overlap:
         self._size = 0  # elements of these
         self._unsealed: list[int] = []  # measured or not
         self._sampled: list[tuple[int, Tensor]] = []
-        self._sharded = [i for i, p in enumerate(self._parameters) if isinstance(p, DTensor)]
+        self._sealed: _Sealed | None = None
+        self._sharded = {i: None for i, p in enumerate(self._parameters) if isinstance(p, DTensor)}
         self._placements = [p.torch_placements for p in plan.placements]
         self._specs: list[Any] = [None] * len(self._parameters)  # that were found to be in order
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -114,15 +118,19 @@ class Overlap:
         self._queued = False
         self._measure_arrived()
         for i in self._unsealed:
-            self._seals[i] = _seal_of(self._parameters[i].grad)
+            gradient = self._parameters[i].grad
+            in_order = self._lie_as_their_parameters([gradient], [i])
+            self._seals[i] = _seal_of(gradient) if in_order else _NOTHING
         self._unsealed.clear()
         sealed = [i for i, seal in enumerate(self._seals) if seal != _NOTHING]
+        self._sealed = _Sealed.of(self._seals, sealed, [i for i in sealed if i in self._sharded])
         chosen = sealed[:: max(1, len(sealed) // _SAMPLED)]
         self._sampled = [(i, _sample(self._parameters[i].grad)) for i in chosen]
 
     def forget(self) -> None:
         """The gradients have been changed."""
         self._seals = [_NOTHING] * len(self._seals)
+        self._sampled, self._sealed = [], None
 
     def _measure_arrived(self) -> None:
         arrived, self._arrived, self._size = list(dict.fromkeys(self._arrived)), [], 0
@@ -156,48 +164,97 @@ class Overlap:
         """
         if torch.compiler.is_compiling():
             return None
-        gradients = [parameter.grad for parameter in self._parameters]
+        untouched = self._untouched()
+        on_cpu = self._device.type == "cpu"
+        if untouched is not None and on_cpu and not untouched.item():
+            self.forget()
+            untouched = None
+        gradients: list[Any] = list(map(_gradient, self._parameters))
+        if self._sealed is None or not self._sealed.holds(gradients):
+            if not self._measure_changed(gradients):
+                return None
+            untouched = None
+        return self._sums if untouched is None or on_cpu else torch.where(untouched, self._sums, torch.nan)
+
+    def _measure_changed(self, gradients: Sequence[Any]) -> bool:
+        """Bring the sums up to date; False where they cannot be."""
+        self._sampled, self._sealed = [], None
         if not self._lie_as_their_parameters(gradients):
-            return None
+            return False
         locals_ = [None if g is None else local_of(g) for g in gradients]
         present = [local for local in locals_ if local is not None and local.numel()]
         if not all(map(_is_simple, present)):
-            return None
-        addresses = list(map(Tensor.data_ptr, present))
-        if len(set(addresses)) != len(addresses):
-            return None
-        found = iter(zip(addresses, map(_version, present), strict=True))
-        seals = [_NOTHING if local is None or not local.numel() else next(found) for local in locals_]
-        untouched = self._untouched(seals)
-        if untouched is not None and self._device.type == "cpu" and not untouched.item():
-            self.forget()
-        if seals != self._seals:
-            changed = [i for i, (new, old) in enumerate(zip(seals, self._seals, strict=True)) if new != old]
-            self.put(changed, torch.zeros(len(changed), dtype=torch.float64))
-            self._measure(changed, [gradients[i] for i in changed])
-            self._seals = seals
-            self._sampled = []
-        if untouched is not None and self._device.type != "cpu":
-            return torch.where(untouched, self._sums, torch.nan)
-        return self._sums
+            return False
+        if len({local.data_ptr() for local in present}) < len(present):
+            return False
+        seals = [_seal_of(gradient) for gradient in gradients]
+        changed = [i for i, (new, old) in enumerate(zip(seals, self._seals, strict=True)) if new != old]
+        self.put(changed, torch.zeros(len(changed), dtype=torch.float64))
+        self._measure(changed, [gradients[i] for i in changed])
+        self._seals = seals
+        return True
 
-    def _lie_as_their_parameters(self, gradients: Sequence[Any]) -> bool:
-        for i in self._sharded:
-            gradient = gradients[i]
-            if gradient is not None and gradient._spec is not self._specs[i]:
+    def _lie_as_their_parameters(
+        self, gradients: Sequence[Any], parameters: Sequence[int] | None = None
+    ) -> bool:
+        for i, gradient in zip(parameters or range(len(gradients)), gradients, strict=True):
+            if i in self._sharded and gradient is not None and gradient._spec is not self._specs[i]:
                 if gradient._spec.placements != self._placements[i]:
                     return False
                 self._specs[i] = gradient._spec
         return True
 
-    def _untouched(self, seals: Sequence[tuple[int, int]]) -> Tensor | None:
+    def _untouched(self) -> Tensor | None:
         """[] bool: whether the samples of the gradients that seem unchanged are."""
-        kept = [(i, sample) for i, sample in self._sampled if seals[i] == self._seals[i]]
+        kept = [
+            (i, then) for i, then in self._sampled if _seal_of(self._parameters[i].grad) == self._seals[i]
+        ]
         if not kept:
             return None
         now = torch.stack([_sample(self._parameters[i].grad) for i, _ in kept])
         then = torch.stack([sample for _, sample in kept])
         return ((now == then) | (now.isnan() & then.isnan())).all()
+
+
+@dataclass(frozen=True, eq=False)
+class _Sealed:
+    """The seals as columns, to be compared in loops inside Python's C code.
+
+    Attributes:
+        present: gradients with elements on this rank, DTensors first; of these, num_sharded are.
+        absent: the others.
+    """
+
+    present: list[int]
+    num_sharded: int
+    absent: list[int]
+    addresses: list[int]
+    versions: list[int]
+
+    @staticmethod
+    def of(seals: Sequence[tuple[int, int]], sealed: Sequence[int], sharded: Sequence[int]) -> _Sealed | None:
+        first = set(sharded)
+        present = [*sharded, *(i for i in sealed if i not in first)]
+        addresses = [seals[i][0] for i in present]
+        if len(set(addresses)) < len(addresses):
+            return None
+        absent = [i for i, seal in enumerate(seals) if seal == _NOTHING]
+        return _Sealed(present, len(sharded), absent, addresses, [seals[i][1] for i in present])
+
+    def holds(self, gradients: Sequence[Any]) -> bool:
+        for i in self.absent:
+            if gradients[i] is not None and local_of(gradients[i]).numel():
+                return False
+        found = [gradients[i] for i in self.present]
+        n = self.num_sharded
+        try:
+            locals_: list[Any] = [*map(_local, found[:n]), *found[n:]]
+            return (
+                list(map(Tensor.data_ptr, locals_)) == self.addresses
+                and list(map(_version, locals_)) == self.versions
+            )
+        except (AttributeError, TypeError, RuntimeError):  # None, or no plain tensor any more
+            return False
 
 
 def _is_simple(local: Tensor) -> bool:

@@ -20,7 +20,7 @@ from distclip.bench.scaling import study
 from distclip.bench.shapes import SHAPES
 from distclip.bench.table import as_json, machine, text
 
-_CASES = ("first", "unclipped", "clipped", "changing", "step")
+_CASES = ("first", "unclipped", "clipped", "changing", "step", "exposed")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, default=1, help="start so many ranks on this machine (1)")
     _several(add, "--shapes", SHAPES, ["small", "medium"], "models: small medium")
     _several(add, "--placements", PLACEMENTS, None, "all that the world allows")
-    _several(add, "--cases", _CASES, list(_CASES[:4]), "all but step")
+    _several(add, "--cases", _CASES, list(_CASES[:4]), "the first four")
     _several(add, "--peers", CONTENDERS, list(CONTENDERS), "distclip, torch and those that are installed")
     add("--scale", type=float, help="multiplies the widths (1; llama 1/11)")
     add("--dtype", choices=_DTYPES, default="float32")

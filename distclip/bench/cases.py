@@ -31,7 +31,7 @@ class Row:
     shapes: str
     placement: str
     dtype: str
-    case: str  # "unclipped", "clipped", "first", "changing", "step"
+    case: str  # "unclipped", "clipped", "first", "changing", "step", "exposed"
     contender: str
     seconds: float = math.nan
     ratio: float = math.nan  # torch's time / this one's
@@ -69,10 +69,43 @@ def measure(name: str, placement: str, setting: Setting) -> Iterator[Row]:
         return
     model = build(placement, shapes, setting.device, setting.dtype)
     yield from _Case(name, placement, setting, model).rows()
+    if "exposed" in setting.cases and model.backward is not None:
+        yield from _exposed(
+            name, placement, setting, model, build(placement, shapes, setting.device, setting.dtype)
+        )
     del model
     if dist.is_initialized():
         dist.barrier()
     gc.collect()
+
+
+def _exposed(name: str, placement: str, setting: Setting, model: Model, twin: Model) -> Iterator[Row]:
+    """Clipping right after a backward pass, and both together. The twin is measured during it."""
+    case = _Case(name, placement, setting, model)
+    usual, overlapped = (Clipper(m.source, GlobalNorm(1e30), overlap=m is twin) for m in (model, twin))
+    clips: dict[str, Callable[[], object]] = {
+        "torch": partial(CONTENDERS["torch"](model), 1e30),
+        "distclip": usual.clip,
+        "distclip, overlap": overlapped.clip,
+    }
+    backwards: dict[str, Callable[[], None]] = {
+        who: (twin if "overlap" in who else model).backward or (lambda: None) for who in clips
+    }
+    for who, clip in clips.items():
+        clip()
+        backwards[who]()
+    exposed = alternate(clips, setting.rounds, setting.device, prepare=lambda who: backwards[who]())
+
+    def both(who: str) -> Callable[[], None]:
+        def run() -> None:
+            backwards[who]()
+            clips[who]()
+
+        return run
+
+    yield from case._compared("exposed", exposed)
+    whole = alternate({who: both(who) for who in clips}, setting.rounds, setting.device)
+    yield from case._compared("backward and clip", whole)
 
 
 @dataclass(eq=False)

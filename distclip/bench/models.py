@@ -39,11 +39,13 @@ class Model:
 
     Attributes:
         source: what is handed to :class:`distclip.Clipper`.
+        backward: another backward pass, where there is one.
         locals: the gradients on this rank, to be read and refilled.
     """
 
     source: nn.Module | list[nn.Parameter]
     parameters: list[nn.Parameter]
+    backward: Callable[[], None] | None = None
 
     @property
     def locals(self) -> list[Tensor]:
@@ -74,20 +76,22 @@ def placements_of(world_size: int) -> list[str]:
     return [name for name, (allows, _) in PLACEMENTS.items() if allows(world_size)]
 
 
-def _backward(model: nn.Module, device: torch.device) -> None:
-    model(torch.zeros((), device=device)).backward()
+def _trained(model: nn.Module, device: torch.device) -> Model:
+    def backward() -> None:
+        model.zero_grad()
+        model(torch.zeros((), device=device)).backward()
+
+    backward()
+    return Model(model, list(model.parameters()), backward)
 
 
 def _plain(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Model:
-    model = network(shapes, device, dtype)
-    _backward(model, device)
-    return Model(model, list(model.parameters()))
+    return _trained(network(shapes, device, dtype), device)
 
 
 def _ddp(shapes: Shapes, device: torch.device, dtype: torch.dtype, views: bool = False) -> Model:
     wrapped = DistributedDataParallel(network(shapes, device, dtype), gradient_as_bucket_view=views)
-    _backward(wrapped, device)
-    return Model(wrapped, list(wrapped.parameters()))
+    return _trained(wrapped, device)
 
 
 def _ddp_bucket_view(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Model:
@@ -98,8 +102,7 @@ def _fsdp1(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Model:
     layers = network(shapes, device, dtype)
     wrapped = [FullyShardedDataParallel(layer, device_id=device, use_orig_params=True) for layer in layers]
     model = FullyShardedDataParallel(nn.Sequential(*wrapped), device_id=device, use_orig_params=True)
-    _backward(model, device)
-    return Model(model, list(model.parameters()))
+    return _trained(model, device)
 
 
 def _fsdp2(
@@ -110,8 +113,7 @@ def _fsdp2(
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    _backward(model, device)
-    return Model(model, list(model.parameters()))
+    return _trained(model, device)
 
 
 def _hsdp(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Model:

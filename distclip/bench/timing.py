@@ -26,16 +26,19 @@ def alternate(
     rounds: int,
     device: torch.device,
     restore: Callable[[], None] = lambda: None,
+    prepare: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """The median over ``rounds`` of each call, in seconds, of the slowest rank each time.
 
-    The calls take turns, and another one begins each round. ``restore`` runs after each, untimed.
+    The calls take turns, and another one begins each round. ``prepare`` runs before each
+    with its name, and ``restore`` after each, untimed.
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
+            prepare(name)
             times[name].append(once(calls[name], device))
             restore()
     return {name: median(slowest(times[name], device)) for name in names}
