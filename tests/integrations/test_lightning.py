@@ -8,10 +8,13 @@ pass. The scaler of ``16-mixed`` is one for the CPU, handed to the real ``MixedP
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -358,10 +361,18 @@ class OnCpu(FSDPStrategy):
     """The FSDPStrategy itself: its check for a GPU goes by the exact type."""
 
 
-def quiet() -> None:
-    """The rank pool turns warnings into errors: these are Lightning's advice, and torch's to Lightning."""
-    for category in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
+@contextlib.contextmanager
+def guest() -> Iterator[None]:
+    """Lightning in a rank of the pool, which is left as it was. (The pool turns warnings into errors: these
+    are Lightning's advice, and torch's to Lightning. Lightning takes WORLD_SIZE away when it ends.)"""
+    environment = dict(os.environ)
+    with warnings.catch_warnings():
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        yield
+        dist.barrier()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def on_two(kind: str) -> dict[str, Any]:
@@ -372,8 +383,8 @@ def on_two(kind: str) -> dict[str, Any]:
 
 
 @on_ranks(2)
+@guest()
 def fit_on_two(rank: int, kind: str, fused: bool, want: list[list[float]], want_norms: list[float]) -> None:
-    quiet()
     options = scaled() if fused else {}
     refused = {"gradient_clip_val": MAX_NORM} | options
     if kind == "fsdp1":
@@ -392,12 +403,11 @@ def fit_on_two(rank: int, kind: str, fused: bool, want: list[list[float]], want_
     fit(ours, clip, reports, got, **on_two(kind), **(scaled() if fused else {}))
     assert reports.norms == pytest.approx(want_norms, rel=1e-3 if fused else 1e-5)
     assert got.seen == [pytest.approx(w, rel=1e-5, abs=1e-7) for w in want]
-    dist.barrier()
 
 
 @on_ranks(2)
+@guest()
 def resume_on_two(rank: int, saved: Path) -> list[float]:
-    quiet()
 
     def make() -> tuple[Model, ClipGradients, Reports]:
         clip = ClipGradients(distclip.ZClip(warmup=4, z_threshold=0.5))
@@ -412,7 +422,6 @@ def resume_on_two(rank: int, saved: Path) -> list[float]:
     assert clip.clippers[0].steps == 12
     for got, want in zip(resumed.seen, whole_run.seen[6:], strict=True):
         assert (got.total_norm, got.threshold) == (want.total_norm, want.threshold)
-    dist.barrier()
     return resumed.norms
 
 
