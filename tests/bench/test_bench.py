@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distclip.bench.cases import Row, Setting, measure
-from distclip.bench.contenders import CONTENDERS, Absent
+from distclip.bench.contenders import CONTENDERS
 from distclip.bench.counting import count
 from distclip.bench.models import build, placements_of
 from distclip.bench.scaling import cost, study
