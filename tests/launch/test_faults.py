@@ -8,7 +8,7 @@ import subprocess
 import time
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -34,10 +34,11 @@ def steps_of(directory: Path) -> list[dict[str, Any]]:
 @cache
 def uninterrupted() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The steps, and what the run ends with: weights and the strategies' state."""
-    directory = Path(mkdtemp(prefix="distclip-faults-"))
-    done = train(directory)
-    assert done.returncode == 0, done.stderr
-    steps, end = steps_of(directory), json.loads((directory / "end.json").read_text())
+    with TemporaryDirectory(prefix="distclip-faults-") as folder:
+        directory = Path(folder)
+        done = train(directory)
+        assert done.returncode == 0, done.stderr
+        steps, end = steps_of(directory), json.loads((directory / "end.json").read_text())
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert sum(row.get("clipped", False) for row in steps) >= 3  # the strategies have something to remember
     assert end["steps"] == 12
