@@ -113,7 +113,7 @@ class Clipper:
         self._deferred = apply == "deferred"
         self._accumulate = accumulate
         self._window = Window()
-        self._synchronisation_: Synchronisation | None = None
+        self._watched: Synchronisation | None = None
         self._suitable: tuple[tuple[int, int], ...] = ()
         self.tensors: list[Tensor] = []
         self._managed: list[Tensor] = []  # by FSDP1
@@ -165,10 +165,9 @@ class Clipper:
             raise ValueError(
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
-        gradients, outcome = self._decide(None, self.on_nonfinite, loss, param_norms=param_norms)
-        self._change(outcome, gradients)
+        outcome = self.carry_out(None, self.on_nonfinite, loss, param_norms=param_norms)
         self._window.close()
-        self._observe(outcome.report)
+        self.observe(outcome.report)
         return outcome.report
 
     @torch.no_grad()
@@ -216,18 +215,14 @@ class Clipper:
             policy = "skip"
         if self._overlap is not None and scaler is not None and loss_scale.inverse is None:
             self._overlap.forget()  # they have been unscaled
-        gradients, outcome = self._decide(loss_scale.inverse, policy, loss, param_norms=param_norms)
-        grad_scale = None
-        if self._deferred:
-            grad_scale = _grad_scale(outcome)
-        else:
-            self._change(outcome, gradients)
+        outcome = self.carry_out(loss_scale.inverse, policy, loss, param_norms=param_norms)
+        grad_scale = _grad_scale(outcome) if self._deferred else None
         for each in optimizers:
             take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
         loss_scale.finish(outcome.report.nonfinite)
         self.steps += 1
         self._window.close()
-        self._observe(outcome.report)
+        self.observe(outcome.report)
         return outcome.report
 
     @contextlib.contextmanager
@@ -260,6 +255,25 @@ class Clipper:
             if not self._window.last:
                 stack.enter_context(self._synchronisation.off())
             yield MicroBatch(self._window)
+
+    def carry_out(
+        self,
+        inverse_scale: Tensor | None,
+        policy: OnNonfinite,
+        loss: Tensor | None = None,
+        *,
+        param_norms: bool = False,
+    ) -> Outcome:
+        """What :meth:`clip` and :meth:`step` have in common, for an integration that steps by itself:
+        measure, decide, and change the gradients, unless that is deferred. Then :meth:`observe` the report.
+
+        Args:
+            inverse_scale: [] float32, 1 / loss scale where the gradients are still to be multiplied by it.
+        """
+        gradients, outcome = self._decide(inverse_scale, policy, loss, param_norms=param_norms)
+        if not self._deferred:
+            self._change(outcome, gradients)
+        return outcome
 
     def _decide(
         self,
@@ -314,7 +328,8 @@ class Clipper:
         source = self._source if isinstance(self._source, list) else [self._source]
         return [m for m in source if isinstance(m, nn.Module)]
 
-    def _observe(self, report: ClipReport) -> None:
+    def observe(self, report: ClipReport) -> None:
+        """Take note of a step for the advice that is given once per run."""
         if not torch.compiler.is_compiling():
             self._advice.observe(report)
 
@@ -363,11 +378,16 @@ class Clipper:
             require_fused(optimizers)
         self._suitable = key
 
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """The DDP and FSDP modules that synchronise the gradients, where the parameters do not bring them."""
+        self._watched = Synchronisation(modules)
+
     @property
     def _synchronisation(self) -> Synchronisation:
-        if self._synchronisation_ is None:
-            self._synchronisation_ = Synchronisation(self._modules())
-        return self._synchronisation_
+        if self._watched is None:
+            self.watch(self._modules())
+        assert self._watched is not None
+        return self._watched
 
     def describe(self) -> Description:
         """A table of the parameters of this rank: where each lies, and how it is counted; ``print`` it.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository root and install distclip into it, editable, with all extras. Needs Python
-# 3.10 or newer and pip. Quick where nothing has changed since the last time. Installs Chromium too, which the
-# tests look at the report page with, where it is missing and this is root on Debian or a derivative of it.
+# 3.10 or newer and pip. Quick where nothing has changed since the last time. Also installs the Debian packages that
+# tests need (Chromium, iproute2, Slurm), where they are missing and this is root on Debian or a derivative of it.
 #
 #   launch/setup.sh                          # the versions that the tests run with
 #   DISTCLIP_CONSTRAINTS= launch/setup.sh    # whatever torch the package accepts, or that is there already
@@ -13,15 +13,21 @@ constraints=${DISTCLIP_CONSTRAINTS-launch/constraints.txt}
 python=.venv/bin/python
 stamp=.venv/installed
 
-if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
+# What tests look at the report page with, make two hosts of one machine with, and submit a job to.
+declare -A debian=([chromium]=chromium [chromedriver]=chromium-driver [fc-match]=fontconfig [ip]=iproute2
+    [slurmctld]=slurm-wlm [munged]=munge)
+missing=()
+for command in "${!debian[@]}"; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null || missing+=("${debian[$command]}")
+done
+if ((${#missing[@]})); then
     if [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
-        echo "installing chromium and chromium-driver" >&2
+        echo "installing ${missing[*]}" >&2
         export DEBIAN_FRONTEND=noninteractive
-        { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver \
-            fonts-dejavu-core; } >/dev/null ||
-            echo "chromium could not be installed: tests/monitor/test_page.py will fail" >&2
+        { apt-get update -qq && apt-get install -qq -y --no-install-recommends "${missing[@]}" fonts-dejavu-core; } \
+            >/dev/null || echo "not installed: the tests that need them will fail" >&2
     else
-        echo "chromium and chromedriver are missing: tests/monitor/test_page.py will fail without them" >&2
+        echo "missing: ${missing[*]}; the tests that need them will fail" >&2
     fi
 fi
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
-from distclip._apply import OnNonfinite, change, require_policy
+from distclip._apply import OnNonfinite, require_policy
 from distclip._decision import Decision, Scale
 from distclip._fsdp1 import annotate_fsdp1
 from distclip._gradients import collect
@@ -26,7 +26,6 @@ from distclip._norms import Norms
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
-from distclip._synchronisation import Synchronisation
 from distclip.clipper import Clipper
 from distclip.integrations._stepping import KeepingScaler, StepSkipper, parameters_of
 from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
@@ -277,10 +276,8 @@ class Installed:
             inverse = LossScale.of(self._accelerator.scaler, scaled).inverse
         else:
             self._unscale(scaled, lst)
-        gradients, outcome = clipper._decide(inverse, policy, self._loss, param_norms=False)
+        outcome = clipper.carry_out(inverse, policy, self._loss)
         self._loss_used = True
-        assert gradients is not None  # they are collected after backward
-        change(outcome, gradients, clipper._measured.slots)
         report = outcome.report
         if inverse is not None:
             for optimizer in scaled:
@@ -292,7 +289,7 @@ class Installed:
                 if optimizer not in self._skippers:
                     self._skippers[optimizer] = StepSkipper(optimizer)
                 self._skippers[optimizer].skipped = skipped
-        clipper._observe(report)
+        clipper.observe(report)
         return report
 
     def _unscale(self, optimizers: list[torch.optim.Optimizer], lst: _List | None = None) -> None:
@@ -399,7 +396,7 @@ class _List:
         named = _named(tensors, self.models)
         self.clipper = Clipper(named, strategy, on_nonfinite=on_nonfinite, **options)
         # Made from a list of parameters, it does not know what synchronises them.
-        self.clipper._synchronisation_ = Synchronisation(self.models)
+        self.clipper.watch(self.models)
         self._elementwise: Plan | None = None
 
     def covers(self, optimizer: torch.optim.Optimizer) -> bool:
