@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv in the repository root and install distclip into it, editable, with all extras. Needs Python
-# 3.10 or newer and pip. Quick where nothing has changed since the last time. Also installs the Debian packages that
-# tests need (Chromium, iproute2, Slurm), where they are missing and this is root on Debian or a derivative of it.
+# 3.10 or newer and pip. Quick where nothing has changed since the last time.
 #
 #   launch/setup.sh                          # the versions that the tests run with
 #   DISTCLIP_CONSTRAINTS= launch/setup.sh    # whatever torch the package accepts, or that is there already
@@ -12,24 +11,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 constraints=${DISTCLIP_CONSTRAINTS-launch/constraints.txt}
 python=.venv/bin/python
 stamp=.venv/installed
-
-# What tests look at the report page with, make two hosts of one machine with, and submit a job to.
-declare -A debian=([chromium]=chromium [chromedriver]=chromium-driver [fc-match]=fontconfig [ip]=iproute2
-    [slurmctld]=slurm-wlm [munged]=munge)
-missing=()
-for command in "${!debian[@]}"; do
-    PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null || missing+=("${debian[$command]}")
-done
-if ((${#missing[@]})); then
-    if [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
-        echo "installing ${missing[*]}" >&2
-        export DEBIAN_FRONTEND=noninteractive
-        { apt-get update -qq && apt-get install -qq -y --no-install-recommends "${missing[@]}" fonts-dejavu-core; } \
-            >/dev/null || echo "not installed: the tests that need them will fail" >&2
-    else
-        echo "missing: ${missing[*]}; the tests that need them will fail" >&2
-    fi
-fi
 
 [[ -x $python ]] || "${PYTHON:-python3}" -m venv .venv
 
