@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as lightning
+import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 import distclip
+from tests.integrations.accelerators import environment
+from tests.integrations.test_transformers import trainer
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -18,6 +24,8 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return loss
 
 
+# Lightning's, where Slurm is installed.
+@pytest.mark.filterwarnings("ignore:The `srun` command is available on your system but is not used")
 def test_snippets_run(capsys, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)  # a history is written
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
@@ -32,8 +40,20 @@ def test_snippets_run(capsys, tmp_path, monkeypatch) -> None:  # type: ignore[no
         "loss_of": loss_of,
     }
     loss_of(model, torch.ones(2, 4)).backward()
-    for snippet in snippets:
-        exec(compile(snippet, str(README), "exec"), names)
+    with environment(False):
+        hugging_face = trainer(tmp_path)
+        accelerator = Accelerator(cpu=True)
+        prepared = accelerator.prepare(nn.Linear(4, 3))
+        names |= {"accelerator": accelerator, "trainer": hugging_face}
+        names["Trainer"] = partial(lightning.Trainer, accelerator="cpu")
+        for snippet in snippets:
+            exec(compile(snippet, str(README), "exec"), names)
+        loss_of(prepared, torch.ones(2, 4)).backward()
+        norm = accelerator.clip_grad_norm_(prepared.parameters(), 1e-3)
+        assert norm > 1e-3
+        assert distclip.total_grad_norm(prepared).item() == pytest.approx(1e-3, rel=1e-3)
+        hugging_face.train()
+    assert any("clip_threshold" in entry for entry in hugging_face.state.log_history)
     assert re.search(r"norm \d", capsys.readouterr().out)
     own = names["MovingAverage"]
     for _ in range(3):  # the second and later steps have a mean
