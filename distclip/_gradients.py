@@ -54,6 +54,7 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
     buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
     rebuilt: list[tuple[Tensor, Tensor]] = []
     seen: dict[tuple[int, int], Tensor | None] = {}  # by memory, what .grad would have to become
+    compiling = torch.compiler.is_compiling()
     for i, parameter in enumerate(parameters):
         gradient = parameter.grad
         if gradient is None:
@@ -61,7 +62,7 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
         local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
         strided = local.layout is torch.strided and type(local) is Tensor
         # Tied or aliased gradients are one gradient: count and scale it once.
-        if torch.compiler.is_compiling():  # addresses and lazy flags are unknown to the tracer
+        if compiling:  # addresses and lazy flags are unknown to the tracer
             memory = (i, 0)
             lazy = False
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ class NamedParameter:
     tensor: Tensor
     optimizer_group: int = 0
 
-    @property
+    @cached_property
     def info(self) -> ParameterInfo:
         shape = torch.Size(whole_shape(self.tensor))
         return ParameterInfo(self.name, shape, self.optimizer_group, whole_units(self.tensor))

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from distclip._gradients import Bucket, Gradients, collect
 from distclip._plan import Plan
-from distclip._reduction import local_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +76,22 @@ class Collector:
         # Gradients that may have to be summed first are looked at one by one.
         self._mergeable = not plan.partial and not any(p.partial for p in plan.placements)
         self._layout: _Layout | None = None
+        self._calls = 0
 
     def __call__(self, tensors: Sequence[Tensor]) -> Gradients:
         if torch.compiler.is_compiling():
             return collect(self._plan, tensors)  # addresses mean nothing there
         parameters = [tensors[i] for i in self._plan.positions]
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0:
+            self._layout = None  # gradients that were apart may lie side by side by now
         if self._layout is not None:
             collected = self._from_layout(self._layout, parameters)
             if collected is not None:
                 return collected
-        collected = collect(self._plan, tensors)
-        if not self._mergeable or collected.rebuilt:
-            return collected
-        self._layout = self._layout_of(collected)
-        if self._layout is None:
-            return collected
-        return self._from_layout(self._layout, parameters) or collected
+        self._layout = self._layout_of(parameters) if self._mergeable else None
+        collected = self._from_layout(self._layout, parameters) if self._layout is not None else None
+        return collected if collected is not None else collect(self._plan, tensors)
 
     def _from_layout(self, layout: _Layout, parameters: list[Tensor]) -> Gradients | None:
         """The runs of this step, or None where the gradients do not lie so any more."""
@@ -139,48 +138,67 @@ class Collector:
             buckets[run.bucket].parameters.append(layout.members[run.first])
         return Gradients(parameters, buckets, [])
 
-    def _layout_of(self, collected: Gradients) -> _Layout | None:
-        gradients: list[Any] = list(map(_gradient, collected.parameters))
+    def _layout_of(self, parameters: list[Tensor]) -> _Layout | None:
+        """How the gradients lie, or None if any of them cannot simply be taken as it is."""
+        absent: list[int] = []
         members: list[int] = []
-        first_of: list[int] = []
-        offsets: list[int] = []
-        dtypes: list[torch.dtype] = []
-        runs: list[_Run] = []
-        for b, bucket in enumerate(collected.buckets):
-            if not all(t.is_contiguous() for t in bucket.tensors):
+        locals_: list[Tensor] = []
+        for i, gradient in enumerate(map(_gradient, parameters)):
+            if gradient is None:
+                absent.append(i)
+                continue
+            if isinstance(gradient, DTensor):
+                if gradient._spec.placements != self._plan.placements[i].torch_placements:
+                    return None
+                gradient = gradient._local_tensor
+            simple = (
+                type(gradient) is Tensor and gradient.layout is torch.strided and gradient.is_contiguous()
+            )
+            if not simple or gradient.is_conj() or gradient.is_neg():
                 return None
-            pairs = sorted(zip(bucket.tensors, bucket.parameters, strict=True), key=lambda p: p[0].data_ptr())
-            for i, (tensor, parameter) in enumerate(pairs):
-                before = pairs[i - 1] if i else None
-                if before is None or not self._adjacent(*before, tensor, parameter):
-                    runs.append(_Run(b, len(members), 0, 0))
-                run = runs[-1]
-                runs[-1] = _Run(b, run.first, run.length + 1, run.numel + tensor.numel())
-                members.append(parameter)
-                first_of.append(run.first)
-                dtypes.append(tensor.dtype)
-                offsets.append(tensor.data_ptr() - pairs[i - (len(members) - 1 - run.first)][0].data_ptr())
-        counted = set(members)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None and i not in counted and local_of(gradient).numel():
-                return None  # shares another's memory, and may cease to
-        sharded = [n for n, i in enumerate(members) if isinstance(gradients[i], DTensor)]
+            if gradient.numel():
+                members.append(i)
+                locals_.append(gradient)
+        addresses = list(map(Tensor.data_ptr, locals_))
+        if len(set(addresses)) != len(addresses):
+            return None  # some share memory, and may cease to
+        numbers: dict[tuple[torch.device, torch.dtype], int] = {}
+        bucket_of = [numbers.setdefault((t.device, t.dtype), len(numbers)) for t in locals_]
+        order = [n for _, _, n in sorted(zip(bucket_of, addresses, range(len(members)), strict=True))]
+        runs: list[_Run] = []
+        first_of: list[int] = []
+        before = -1
+        for n in order:
+            if before < 0 or not self._adjacent(before, n, members, locals_, addresses):
+                runs.append(_Run(bucket_of[n], len(first_of), 0, 0))
+            run = runs[-1]
+            first_of.append(run.first)
+            runs[-1] = _Run(run.bucket, run.first, run.length + 1, run.numel + locals_[n].numel())
+            before = n
+        members, locals_ = [members[n] for n in order], [locals_[n] for n in order]
+        addresses = [addresses[n] for n in order]
+        sharded = [n for n, i in enumerate(members) if isinstance(parameters[i].grad, DTensor)]
+        dtypes = [t.dtype for t in locals_]
         return _Layout(
-            [i for i, g in enumerate(gradients) if g is None],
+            absent,
             members,
             sharded,
-            [gradients[members[n]]._spec for n in sharded],
+            [_spec(parameters[members[n]].grad) for n in sharded],
             dtypes,
             first_of,
-            offsets,
-            any(dtype.is_complex for dtype in dtypes),
+            [address - addresses[first] for address, first in zip(addresses, first_of, strict=True)],
+            any(dtype.is_complex for dtype in set(dtypes)),
             runs,
-            len(collected.buckets),
+            len(numbers),
         )
 
-    def _adjacent(self, a: Tensor, i: int, b: Tensor, j: int) -> bool:
+    def _adjacent(
+        self, a: int, b: int, members: list[int], locals_: list[Tensor], addresses: list[int]
+    ) -> bool:
+        first, second = locals_[a], locals_[b]
         return (
-            self._kinds[i] == self._kinds[j]
-            and a.data_ptr() + a.numel() * a.element_size() == b.data_ptr()
-            and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+            addresses[a] + first.numel() * first.element_size() == addresses[b]
+            and self._kinds[members[a]] == self._kinds[members[b]]
+            and first.dtype == second.dtype
+            and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         )

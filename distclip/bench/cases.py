@@ -122,6 +122,8 @@ class _Case:
                 clips[peer] = CONTENDERS[peer](self.model)
             except Absent as absent:
                 yield self._row("unclipped", peer, note=f"not measured: {absent}")
+        gc.collect()
+        gc.freeze()  # what has been imported need not be looked through again, in the middle of a call
         if "first" in self.setting.cases:
             yield from self._first(clips)
         for clip in clips.values():

@@ -31,6 +31,12 @@ def small(scale: float = 1.0) -> Shapes:
     return Shapes("small", (((d, d),) * 5 + ((d,),) * 7,) * 60)
 
 
+def many(scale: float = 1.0) -> Shapes:
+    """1600 small tensors, 3 M elements: of which torch makes tables at the first call with DTensors."""
+    d = _sized(48, scale)
+    return Shapes("many", (((d, d),) * 13 + ((d,),) * 3,) * 100)
+
+
 def medium(scale: float = 1.0) -> Shapes:
     """216 tensors, 63 M elements: 24 transformer layers of width 512."""
     d = _sized(512, scale)
@@ -54,4 +60,4 @@ def _sized(width: int, scale: float) -> int:
     return max(8, round(width * scale / 8) * 8)
 
 
-SHAPES: dict[str, Callable[..., Shapes]] = {f.__name__: f for f in (small, medium, llama, moe)}
+SHAPES: dict[str, Callable[..., Shapes]] = {f.__name__: f for f in (small, many, medium, llama, moe)}

@@ -32,6 +32,7 @@ def test_the_shapes_are_those_that_were_promised() -> None:
     counted = {name: (make().num_tensors, make().num_elements) for name, make in SHAPES.items()}
     assert counted["small"][0] == 720
     assert counted["small"][1] == pytest.approx(13e6, rel=0.02)
+    assert counted["many"][0] == 1600
     assert counted["medium"][0] == 216
     assert counted["medium"][1] == pytest.approx(63e6, rel=0.02)
     assert counted["llama"][0] == 291
