@@ -160,8 +160,6 @@ class Collector:
                 members.append(i)
                 locals_.append(gradient)
         addresses = list(map(Tensor.data_ptr, locals_))
-        if len(set(addresses)) != len(addresses):
-            return None  # some share memory, and may cease to
         numbers: dict[tuple[torch.device, torch.dtype], int] = {}
         bucket_of = [numbers.setdefault((t.device, t.dtype), len(numbers)) for t in locals_]
         order = [n for _, _, n in sorted(zip(bucket_of, addresses, range(len(members)), strict=True))]
