@@ -70,6 +70,7 @@ class Overlap:
         self._listen(modules)
 
     def _listen(self, modules: Sequence[nn.Module]) -> None:
+        """Sets ``self.listens``: whether any gradient will be taken as it arrives."""
         me = weakref.ref(self)
         under_ddp: set[int] = set()
         index = {id(p): i for i, p in enumerate(self._parameters)}
@@ -83,6 +84,7 @@ class Overlap:
             if final and id(parameter) not in under_ddp and parameter.requires_grad:
                 hook = _after_accumulation(me, i)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self.listens = bool(self._handles) or not under_ddp.isdisjoint(index)
 
     def remove(self) -> None:
         """Take the hooks away. (That of DDP cannot be: it goes on as DDP's own all-reduce.)"""

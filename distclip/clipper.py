@@ -319,10 +319,11 @@ class Clipper:
             return  # these are summed first, after backward
         if self._overlap is not None:
             self._overlap.remove()
-        self._overlap = Overlap(
-            plan, self.tensors, self._modules(), self.strategy.norm_type, self._accumulate
-        )
-        weakref.finalize(self, self._overlap.remove)
+            self._overlap = None
+        overlap = Overlap(plan, self.tensors, self._modules(), self.strategy.norm_type, self._accumulate)
+        if overlap.listens:
+            self._overlap = overlap
+            weakref.finalize(self, overlap.remove)
 
     def _modules(self) -> list[nn.Module]:
         source = self._source if isinstance(self._source, list) else [self._source]
