@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.barrier()
-            gc.unfreeze()
             gc.collect()  # a model that outlives its process group may abort the process
             dist.destroy_process_group()
 

@@ -68,6 +68,8 @@ def measure(name: str, placement: str, setting: Setting) -> Iterator[Row]:
         yield Row(name, placement, setting.dtype_name, "unclipped", "torch", note="left out: takes minutes")
         return
     model = build(placement, shapes, setting.device, setting.dtype)
+    gc.collect()
+    gc.freeze()  # what has been imported need not be looked through again, in the middle of a call
     yield from _Case(name, placement, setting, model).rows()
     if "exposed" in setting.cases and model.backward is not None:
         yield from _exposed(
@@ -76,6 +78,7 @@ def measure(name: str, placement: str, setting: Setting) -> Iterator[Row]:
     del model
     if dist.is_initialized():
         dist.barrier()
+    gc.unfreeze()
     gc.collect()
 
 
@@ -122,8 +125,6 @@ class _Case:
                 clips[peer] = CONTENDERS[peer](self.model)
             except Absent as absent:
                 yield self._row("unclipped", peer, note=f"not measured: {absent}")
-        gc.collect()
-        gc.freeze()  # what has been imported need not be looked through again, in the middle of a call
         if "first" in self.setting.cases:
             yield from self._first(clips)
         for clip in clips.values():
