@@ -3,7 +3,7 @@
 One process plays rank 0. What it counts is exact, and what it times is this rank's own work; the time of real
 collectives comes on top. The cost model that the counts confirm: neither the plan's messages (258 bytes a
 parameter, three all-reduces, once) nor a step's (8 bytes, one all-reduce; 8 more for each norm that is asked
-for) depend on the number of ranks, nor does a rank's own work (about 40 µs a parameter for the plan and 4 µs a
+for) depend on the number of ranks, nor does a rank's own work (40 µs a parameter for the plan and 4 µs a
 gradient of its own allocation for a step; 0.4 µs where gradients lie in one buffer). docs/bench.md has the
 table.
 """
