@@ -20,6 +20,7 @@ from torch import Tensor
 _CPU_ROW = 256
 _ROW_LENGTHS = range(256, 512)  # one that divides the tensor leaves nothing over
 _PIECE = 1 << 18
+_KEPT = 1 << 28  # elements: 4 MB for the norms of their rows
 _CPU_SMALL = 512  # up to here the plain norm is as good, and one call serves all tensors
 
 
@@ -45,8 +46,10 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
     if torch.compiler.is_compiling():
         rows, contiguous = _cut(tuple([t.numel() for t in tensors])), all(t.is_contiguous() for t in tensors)
-    else:  # the memory that rows are measured into is kept, for each thread its own
-        rows = _rows_of(tuple(map(Tensor.numel, tensors)), get_ident())
+    else:
+        numels = tuple(map(Tensor.numel, tensors))
+        # The memory that rows are measured into is kept, for each thread its own; unless it is much.
+        rows = _rows_of(numels, get_ident()) if sum(numels) <= _KEPT else _cut(numels)
         contiguous = all(map(Tensor.is_contiguous, tensors))
     if not contiguous:
         tensors = [_flat(tensor) for tensor in tensors]

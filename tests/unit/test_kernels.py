@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,3 +161,21 @@ def test_fill_where(dtype: torch.dtype) -> None:
     assert torch.equal(kept.nan_to_num(7.0), g.nan_to_num(7.0))
     kernels.fill_where_([g], 0.0, torch.tensor(True))
     assert not g.any()
+
+
+def test_two_threads_do_not_share_memory() -> None:
+    """Rows are measured into memory that is kept from call to call."""
+    tensors = [[torch.full((1 << 20,), float(i))] for i in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for given, found in zip(tensors, pool.map(lambda t: measured(t, 2), tensors), strict=True):
+                assert found == close(given, 2)
+
+
+def test_what_is_not_kept_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(n) for n in (100, 5_000, 70_001)]
+    kept = measured(tensors, 2)
+    monkeypatch.setattr("distclip._kernels.foreach._KEPT", 1000)
+    kernels.foreach._rows_of.cache_clear()
+    assert measured(tensors, 2) == kept
+    assert kernels.foreach._rows_of.cache_info().currsize == 0
