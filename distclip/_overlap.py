@@ -66,6 +66,7 @@ class Overlap:
         self._specs: list[Any] = [None] * len(self._parameters)  # that were found to be in order
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._handles: list[Any] = []
+        self._listening_to: list[weakref.ref[DistributedDataParallel]] = []
         self._queued = False
         self._listen(modules)
 
@@ -74,10 +75,16 @@ class Overlap:
         me = weakref.ref(self)
         under_ddp: set[int] = set()
         index = {id(p): i for i, p in enumerate(self._parameters)}
+        self._index = index
         for module in wrappers(modules):
             if isinstance(module, DistributedDataParallel):
                 under_ddp |= {id(p) for p in module.parameters()}
-                module.register_comm_hook(None, _after_all_reduce(me, index, module.process_group))
+                if module not in _listeners:  # DDP takes one hook, once and for all
+                    of_module: weakref.WeakSet[Overlap] = weakref.WeakSet()
+                    module.register_comm_hook(None, _after_all_reduce(of_module, module.process_group))
+                    _listeners[module] = of_module
+                _listeners[module].add(self)
+                self._listening_to.append(weakref.ref(module))
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         for i, parameter in enumerate(self._parameters):
             final = isinstance(parameter, DTensor) or (alone and not hasattr(parameter, MANAGED))
@@ -88,6 +95,9 @@ class Overlap:
 
     def remove(self) -> None:
         """Take the hooks away. (That of DDP cannot be: it goes on as DDP's own all-reduce.)"""
+        for module in filter(None, (ref() for ref in self._listening_to)):
+            _listeners[module].discard(self)
+        self._listening_to.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -111,10 +121,17 @@ class Overlap:
             # Twice, because DDP puts the gradients in their place in such a callback of its own.
             _at_the_end(lambda: _at_the_end(self._seal))
 
-    def expect(self, parameters: Sequence[int]) -> None:
-        """These are being measured elsewhere, and are to be sealed."""
-        self._unsealed.extend(parameters)
+    def expect(self, bucket: Sequence[Tensor]) -> None:
+        """The gradients of these parameters are being all-reduced, and then measured: to be sealed."""
+        self._unsealed.extend(self._index[id(p)] for p in bucket if id(p) in self._index)
         self.queue()
+
+    def measure(self, bucket: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """The all-reduce has left these gradients."""
+        mine = [
+            (self._index[id(p)], g) for p, g in zip(bucket, gradients, strict=True) if id(p) in self._index
+        ]
+        self._measure([i for i, _ in mine], [g for _, g in mine])
 
     def _seal(self) -> None:
         self._queued = False
@@ -259,6 +276,12 @@ class _Sealed:
             return False
 
 
+# Who listens to the all-reduces of a DDP module.
+_listeners: weakref.WeakKeyDictionary[DistributedDataParallel, weakref.WeakSet[Overlap]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _is_simple(local: Tensor) -> bool:
     return type(local) is Tensor and local.layout is torch.strided
 
@@ -290,25 +313,22 @@ def _after_accumulation(me: weakref.ref[Overlap], i: int) -> Callable[[Tensor], 
 
 
 def _after_all_reduce(
-    me: weakref.ref[Overlap], index: dict[int, int], group: dist.ProcessGroup
+    listeners: weakref.WeakSet[Overlap], group: dist.ProcessGroup
 ) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        members = [index.get(id(p), -1) for p in bucket.parameters()]
-        gradients = bucket.gradients()
-        overlap = me()
-        if overlap is not None:
-            overlap.expect([i for i in members if i >= 0])
+        parameters, gradients, here = bucket.parameters(), bucket.gradients(), list(listeners)
+        for overlap in here:
+            overlap.expect(parameters)
 
         def measure(future: torch.futures.Future[Tensor]) -> Tensor:
-            overlap = me()
-            if overlap is not None:
-                here = [(i, g) for i, g in zip(members, gradients, strict=True) if i >= 0]
-                overlap._measure([i for i, _ in here], [g for _, g in here])
+            for overlap in here:
+                overlap.measure(parameters, gradients)
             return future.value()
 
-        return allreduce_hook(group, bucket).then(measure)
+        reduced = allreduce_hook(group, bucket)
+        return reduced.then(measure) if here else reduced
 
     hook.__annotations__.clear()  # DDP refuses them as strings
     return hook

@@ -105,6 +105,22 @@ def test_accumulation_under_ddp(rank: int, views: bool) -> None:
 
 
 @on_ranks(2)
+def test_one_clipper_after_another_on_the_same_ddp(rank: int) -> None:
+    """DDP takes a hook once."""
+    torch.manual_seed(0)
+    model = DDP(nn.Linear(6, 5))
+    clippers = [distclip.Clipper(model, distclip.GlobalNorm(1e9), overlap=True) for _ in range(2)]
+    for clipper in (*clippers, distclip.Clipper(model, distclip.ZClip(), overlap=True)):
+        _ = clipper.plan
+        model.zero_grad()
+        model(torch.full((4, 6), rank + 1.0)).square().sum().backward()
+        expected = oracle.norm([p.grad for p in model.parameters()])
+        with measured_now() as sizes:
+            assert clipper.clip().total_norm.item() == pytest.approx(expected, rel=1e-6)
+        assert sizes == []
+
+
+@on_ranks(2)
 def test_ddp_averages_as_without(rank: int) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(6, 5)
