@@ -194,6 +194,17 @@ def test_tied_gradients_count_once() -> None:
     assert clipper.clip().total_norm.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_gradient_that_backward_left_out() -> None:
+    model = _model()
+    unused = nn.Parameter(torch.zeros(7))
+    clipper = distclip.Clipper([*model.parameters(), unused], distclip.GlobalNorm(1e9), overlap=True)
+    _ = clipper.plan
+    _backward(model)
+    unused.grad = torch.ones(7)
+    expected = oracle.norm([unused.grad, *(p.grad for p in model.parameters())])  # type: ignore[list-item]
+    assert clipper.clip().total_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("unscaled_before", [False, True])
 def test_with_a_loss_scale(unscaled_before: bool) -> None:
     models = [_model(), _model()]
