@@ -64,7 +64,7 @@ def resolve(
     Raises:
         NonFiniteError: the norm is not finite and the policy is ``"raise"`` (which waits for the device).
     """
-    nonfinite = ~torch.isfinite(norms.total)
+    nonfinite = ~(norms.total < math.inf)  # a norm is never −∞
     if on_nonfinite == "raise" and nonfinite.item():
         raise NonFiniteError(
             f"the total norm of order {norms.norm_type:g} of the gradients is {norms.total.item()}, so they "
@@ -76,14 +76,20 @@ def resolve(
         left_alone, skipped = left_alone | decision.skip, skipped | decision.skip
 
     scale, clamp = parts(decision)
-    clipped = torch.zeros_like(nonfinite)
     norm_after = norms.total
     coefficient, bound = None, None
     if scale is not None:
         # A gradient that is left alone is multiplied by exactly 1, never by 0 (0 · NaN is NaN).
         coefficient = torch.where(left_alone, 1.0, scale.coefficient)
-        clipped = (coefficient != 1).any()  # also NaN, which is to propagate
-        norm_after = torch.where(clipped, _scaled_norm(norms, coefficient), norms.total)
+        clipped = coefficient != 1  # also NaN, which is to propagate
+        if coefficient.dim() == 0:
+            norm_after = norms.total * coefficient
+        else:
+            clipped = clipped.any()
+            whole = combine(norms.slots * coefficient, norms.norm_type)
+            norm_after = torch.where(clipped, whole, norms.total)
+    else:
+        clipped = torch.zeros_like(nonfinite)
     if clamp is not None:
         bound = torch.where(left_alone, math.inf, clamp.bound)
         if clamp.clipped_norm is not None:
@@ -98,12 +104,14 @@ def resolve(
     if on_nonfinite == "zero":
         norm_after = torch.where(nonfinite, 0.0, norm_after)
 
-    single = scale is not None and clamp is None and scale.coefficient.dim() == 0
-    ratio = torch.where(norm_after == norms.total, 1.0, norm_after / norms.total)
+    if coefficient is not None and clamp is None and coefficient.dim() == 0:
+        whole_coefficient = coefficient
+    else:
+        whole_coefficient = torch.where(norm_after == norms.total, 1.0, norm_after / norms.total)
     report = ClipReport(
         total_norm=norms.total,
         clipped_norm=norm_after,
-        coefficient=coefficient if single and coefficient is not None else ratio,
+        coefficient=whole_coefficient,
         threshold=decision.threshold,
         clipped=clipped,
         nonfinite=nonfinite,
@@ -128,12 +136,6 @@ def parts(decision: Decision) -> tuple[Scale | None, Clamp | None]:
     if isinstance(decision, Then):
         return decision.first, decision.second
     return (decision, None) if isinstance(decision, Scale) else (None, decision)
-
-
-def _scaled_norm(norms: Norms, coefficient: Tensor) -> Tensor:
-    if coefficient.dim() == 0:
-        return norms.total * coefficient
-    return combine(norms.slots * coefficient, norms.norm_type)
 
 
 def changes(outcome: Outcome) -> bool:

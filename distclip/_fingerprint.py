@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _SAMPLES = 256  # elements of a tensor that enter its fingerprint
+_TOGETHER = 1024  # tensors of one size
 _PROJECTIONS = 4
 WORDS = _PROJECTIONS + 1  # of a fingerprint: projections of the unit vector, and the logarithm of the norm
 
@@ -19,24 +21,40 @@ TOLERANCE = 1e-2
 _ZERO_LOG2 = -1100.0  # stands for log2(0); below log2 of the smallest float64
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """[_SAMPLES] float64: elements from all over the tensor; all of a small one, padded with zeros."""
-    local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
-    if local.is_complex():
-        local = torch.view_as_real(local.resolve_conj())
-    flat = local.reshape(-1)
-    if flat.numel() > _SAMPLES:
-        # Scattered: an even stride would often see one column of a matrix only.
-        scattered = torch.arange(_SAMPLES, device=flat.device) * 2654435761 % flat.numel()
-        flat = flat[scattered]
-    return torch.nn.functional.pad(flat.double(), (0, _SAMPLES - flat.numel()))
+def fingerprints(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[len(tensors), WORDS] float64 on ``device``: of each tensor, projections of the unit vector and log2 of
+    the norm, of elements from all over it (of all of a small one).
 
-
-def project(samples: Tensor) -> Tensor:
-    """[k, _SAMPLES] -> [k, WORDS]: projections of the unit vector, and log2 of the norm.
-
-    NaN, which is no evidence, where a sample is not finite: an overflow may well be one rank's alone.
+    NaN, which is no evidence, where one of these is not finite: an overflow may well be one rank's alone.
     """
+    scattered: dict[tuple[int, torch.device], Tensor] = {}
+    samples: list[Tensor] = []
+    alike: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}  # few operators serve many tensors
+    for i, tensor in enumerate(tensors):
+        local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+        if local.is_complex():
+            local = torch.view_as_real(local.resolve_conj())
+        flat = local.reshape(-1)
+        numel = flat.numel()
+        if numel > _SAMPLES:
+            key = (numel, flat.device)
+            if key not in scattered:
+                # Scattered: an even stride would often see one column of a matrix only.
+                scattered[key] = torch.arange(_SAMPLES, device=flat.device) * 2654435761 % numel
+            flat = flat[scattered[key]]
+        samples.append(flat)
+        alike.setdefault((flat.numel(), flat.device, flat.dtype), []).append(i)
+    found = torch.empty(len(tensors), WORDS, dtype=torch.float64, device=device)
+    for (numel, _, _), members in alike.items():
+        for begin in range(0, len(members), _TOGETHER):
+            part = members[begin : begin + _TOGETHER]
+            rows = torch.stack([samples[i] for i in part]).double()
+            found[part] = _project(torch.nn.functional.pad(rows, (0, _SAMPLES - numel))).to(device)
+    return found
+
+
+def _project(samples: Tensor) -> Tensor:
+    """[k, _SAMPLES] -> [k, WORDS]"""
     samples = torch.where(samples.isfinite().all(dim=1, keepdim=True), samples, math.nan)
     positions = torch.arange(1, _SAMPLES + 1, dtype=torch.float64, device=samples.device)
     turns = torch.arange(1, _PROJECTIONS + 1, dtype=torch.float64, device=samples.device)

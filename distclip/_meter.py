@@ -54,12 +54,17 @@ class Meter:
         ranks of the numbers ``beside``. ``ready``: the sums of this rank's gradients, [num_parameters]
         float64, in place of the gradients."""
         plan, p = self.plan, self._norm_type
-        message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
+        message = None
         if ready is not None and ready.numel():
             message = self._joined(ready, *self._columns_of(range(ready.numel()), ready.device))
         for bucket in gradients.buckets if ready is None and gradients is not None else ():
-            contribution = self._contribution(bucket).to(plan.device)
-            message = torch.maximum(message, contribution) if math.isinf(p) else message.add_(contribution)
+            more = self._contribution(bucket).to(plan.device)
+            if message is None:
+                message = more
+            else:
+                message = torch.maximum(message, more) if math.isinf(p) else message.add_(more)
+        if message is None:
+            message = torch.zeros(self.slots.size, dtype=torch.float64, device=plan.device)
         parts = [message]
         if self._extra is not None:
             assert gradients is not None

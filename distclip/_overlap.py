@@ -144,7 +144,8 @@ class Overlap:
         sealed = [i for i, seal in enumerate(self._seals) if seal != _NOTHING]
         self._sealed = _Sealed.of(self._seals, sealed, [i for i in sealed if i in self._sharded])
         chosen = sealed[:: max(1, len(sealed) // _SAMPLED)]
-        self._sampled = [(i, _sample(self._parameters[i].grad)) for i in chosen]
+        with torch.no_grad():
+            self._sampled = [(i, _sample(self._parameters[i].grad).clone()) for i in chosen]
 
     def forget(self) -> None:
         """The gradients have been changed."""
@@ -184,16 +185,14 @@ class Overlap:
         if torch.compiler.is_compiling():
             return None
         untouched = self._untouched()
-        on_cpu = self._device.type == "cpu"
-        if untouched is not None and on_cpu and not untouched.item():
+        if untouched is False:
             self.forget()
-            untouched = None
         gradients: list[Any] = list(map(_gradient, self._parameters))
         if self._sealed is None or not self._sealed.holds(gradients):
             if not self._measure_changed(gradients):
                 return None
-            untouched = None
-        return self._sums if untouched is None or on_cpu else torch.where(untouched, self._sums, torch.nan)
+            return self._sums
+        return torch.where(untouched, self._sums, torch.nan) if isinstance(untouched, Tensor) else self._sums
 
     def _measure_changed(self, gradients: Sequence[Any]) -> bool:
         """Bring the sums up to date; False where they cannot be."""
@@ -223,16 +222,17 @@ class Overlap:
                 self._specs[i] = gradient._spec
         return True
 
-    def _untouched(self) -> Tensor | None:
-        """[] bool: whether the samples of the gradients that seem unchanged are."""
+    def _untouched(self) -> Tensor | bool:
+        """Whether the samples of the gradients that seem unchanged are; on an accelerator as [] bool."""
         kept = [
             (i, then) for i, then in self._sampled if _seal_of(self._parameters[i].grad) == self._seals[i]
         ]
         if not kept:
-            return None
-        now = torch.stack([_sample(self._parameters[i].grad) for i, _ in kept])
-        then = torch.stack([sample for _, sample in kept])
-        return ((now == then) | (now.isnan() & then.isnan())).all()
+            return True
+        # Their bytes: NaN is no other NaN.
+        now = torch.cat([_sample(self._parameters[i].grad) for i, _ in kept]).view(torch.uint8)
+        then = torch.cat([sample for _, sample in kept]).view(torch.uint8)
+        return torch.equal(now, then) if now.is_cpu else (now == then).all()
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,13 +294,14 @@ def _seal_of(gradient: Tensor | None) -> tuple[int, int]:
 
 
 def _sample(gradient: Tensor | None) -> Tensor:
-    """[] float64: some of its elements, told apart by their sum."""
+    """[≤ 16]: a view of the elements of a gradient that are kept."""
     assert gradient is not None
-    with torch.no_grad():
-        some = local_of(gradient)
-        while some.dim():
-            some = some[:16].sum(dtype=torch.float64) if some.dim() == 1 else some[0]
-        return some.double()
+    some = local_of(gradient)
+    if some.is_contiguous():
+        return some.as_strided((min(16, some.numel()),), (1,))
+    while some.dim() > 1:
+        some = some.select(0, 0)
+    return some[:16]
 
 
 def _after_accumulation(me: weakref.ref[Overlap], i: int) -> Callable[[Tensor], None]:

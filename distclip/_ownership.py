@@ -14,16 +14,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from distclip._fingerprint import TOLERANCE, WORDS, project, sample
-from distclip._parameters import NamedParameter
-from distclip._placement import Axis, Placement, whole_shape
+from distclip._fingerprint import TOLERANCE, WORDS, fingerprints
+from distclip._parameters import NamedParameter, ParameterInfo
+from distclip._placement import Axis, Placement, distinct, whole_shape
 from distclip._scope import Scope, message_device
 from distclip.errors import OwnershipError
 
@@ -51,8 +51,8 @@ class Agreement:
     """What only all ranks together know.
 
     Attributes:
-        names: of all parameters of all stages, in order of stages; tied copies have one, the first.
-        optimizer_groups, units: of the same.
+        every: the parameters of all stages, in order of stages; tied copies are one and have the name of the
+            first. The shape of those in other stages is not known, and empty.
         rows: where this rank's own parameters stand among them.            # [num_parameters]
         copies: by parameter index, the number of stages that hold a tied copy, where more than one.
         partial: by parameter index, the DTensor gradients that have ``Partial`` placements on any rank,
@@ -61,16 +61,19 @@ class Agreement:
         sharded: whether any parameter on any rank is sharded within its stage.
     """
 
-    names: tuple[str, ...]
-    optimizer_groups: tuple[int, ...]
-    units: tuple[int, ...]
+    every: tuple[ParameterInfo, ...]
     rows: tuple[int, ...]
     copies: dict[int, int] = field(default_factory=dict)
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
     sharded: bool = False
 
 
-def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement], scope: Scope) -> Agreement:
+def agree(
+    parameters: Sequence[NamedParameter],
+    infos: Sequence[ParameterInfo],
+    placements: Sequence[Placement],
+    scope: Scope,
+) -> Agreement:
     """Check on every rank together that the parameters mean the same thing everywhere.
 
     Communicates only where there is something to ask: several stages, no parameter at all here, a plain or
@@ -81,22 +84,22 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
         OwnershipError: on every rank in scope alike.
     """
     names = tuple(p.name for p in parameters)
-    sharded = any(p.shards for p in placements)
-    unproven = [i for i, p in enumerate(placements) if p.home is None or len(p.home.ranks) < scope.stage_size]
-    replicated = any(t.is_replicate() for p in placements for t in p.torch_placements)
+    different = distinct(placements)
+    sharded = any(p.shards for p in different)
+    doubtful = {id(p) for p in different if p.home is None or len(p.home.ranks) < scope.stage_size}
+    unproven = [i for i, p in enumerate(placements) if id(p) in doubtful]
+    replicated = any(t.is_replicate() for p in different for t in p.torch_placements)
     # An empty list proves nothing either: the ranks that hold something are already asking.
     asks = unproven or replicated or scope.stages or not parameters
     if scope.size == 1 or not asks:
-        groups = tuple(p.optimizer_group for p in parameters)
-        units = tuple(p.info.units for p in parameters)
-        return Agreement(names, groups, units, tuple(range(len(names))), sharded=sharded)
+        return Agreement(tuple(infos), tuple(range(len(infos))), sharded=sharded)
 
     group = scope.group()
     device = message_device(group, [p.tensor for p in parameters])
     counts, sharded = _agree_on_counts(len(parameters), sharded, scope, group, device)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
-        return Agreement((), (), (), ())
+        return Agreement((), ())
 
     words = torch.cat(
         [
@@ -107,7 +110,10 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
         dim=1,
     )
     _join_shards(words, placements, unproven)
-    codes = [[_partial_code(p.tensor), p.optimizer_group, p.info.units] for p in parameters]
+    codes = [
+        [_partial_code(p.tensor), info.optimizer_group, info.units]
+        for p, info in zip(parameters, infos, strict=True)
+    ]
     extra = torch.tensor(codes, dtype=torch.float64, device=device).view(-1, 3)
     # Each stage fills its own rows. NaN, no evidence, loses against any.
     rows = slice(offset, offset + len(parameters))
@@ -128,11 +134,18 @@ def agree(parameters: Sequence[NamedParameter], placements: Sequence[Placement],
     ]
     kept = {row: k for k, row in enumerate(sorted(set(originals)))}
     copies = high[rows, 2].long() % _MOST_TIED
+    own = tuple(kept[originals[row]] for row in range(offset, offset + len(parameters)))
+    every = [
+        ParameterInfo(names[row], torch.Size(), group, units)
+        for row, group, units in zip(
+            kept, group_of[list(kept)].long().tolist(), units_of[list(kept)].long().tolist(), strict=True
+        )
+    ]
+    for row, info in zip(own, infos, strict=True):
+        every[row] = replace(info, name=every[row].name) if info.name != every[row].name else info
     return Agreement(
-        tuple(names[row] for row in kept),
-        tuple(int(group_of[row]) for row in kept),
-        tuple(int(units_of[row]) for row in kept),
-        tuple(kept[originals[row]] for row in range(offset, offset + len(parameters))),
+        tuple(every),
+        own,
         {i: count for i, count in enumerate(copies.tolist()) if count > 1},
         {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},
         sharded,
@@ -316,14 +329,14 @@ def _fingerprints(
 ) -> Tensor:
     """[n, WORDS] float64, of this rank's piece; NaN where there is no evidence."""
     prints = torch.full((len(parameters), WORDS), math.nan, dtype=torch.float64, device=device)
-    rows, samples = [], []
+    rows, tensors = [], []
     for i in indices:
         tensor = tensor_of(parameters[i].tensor, placements[i])
         if tensor is not None:
             rows.append(i)
-            samples.append(sample(tensor).to(device))
+            tensors.append(tensor)
     if rows:
-        found = project(torch.stack(samples))
+        found = fingerprints(tensors, device)
         # What is 10^-6 of the largest is rounding noise, and noise is no copy of noise.
         noise = found[:, -1] < found[:, -1].nan_to_num(nan=-math.inf).amax() - 20
         found[noise] = math.nan

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +30,17 @@ class ParameterInfo:
     units: int = 1
 
 
-@dataclass(frozen=True)
-class NamedParameter:
+class NamedParameter(NamedTuple):
     """A parameter and what it is called."""
 
     name: str
     tensor: Tensor
     optimizer_group: int = 0
 
-    @cached_property
+    @property
     def info(self) -> ParameterInfo:
-        shape = torch.Size(whole_shape(self.tensor))
-        return ParameterInfo(self.name, shape, self.optimizer_group, whole_units(self.tensor))
+        shape, units = whole_shape(self.tensor), whole_units(self.tensor)
+        return ParameterInfo(self.name, torch.Size(shape), self.optimizer_group, units)
 
 
 def freeze_source(parameters: Parameters, *, may_be_empty: bool = False) -> Parameters:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -108,9 +109,14 @@ class Placement:
     tied: Axis | None = None
     local: bool = False
 
-    @property
+    @cached_property
     def num_shards(self) -> int:
         return math.prod(axis.size for axis in self.shards)
+
+
+def distinct(placements: Sequence[Placement]) -> list[Placement]:
+    """Each object once: parameters that lie alike mostly share one."""
+    return list({id(p): p for p in placements}.values())
 
 
 @dataclass(frozen=True)
@@ -194,11 +200,12 @@ class PlacementReader:
         return base
 
     def _of_dtensor(self, name: str, parameter: DTensor) -> Placement:
-        mesh, placements = parameter.device_mesh, tuple(parameter.placements)
-        key = (id(mesh), placements)
-        if key not in self._known:
-            self._known[key] = _of_mesh(name, mesh, placements)
-        return self._known[key]
+        spec = parameter._spec
+        key = (id(spec.mesh), tuple(spec.placements))
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _of_mesh(name, spec.mesh, tuple(spec.placements))
+        return known
 
 
 _PLAIN = Placement((), None, "plain")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import _ownership
 from distclip._ownership import agree
 from distclip._parameters import NamedParameter, ParameterInfo
-from distclip._placement import Placement, PlacementReader, resolve_group
+from distclip._placement import Placement, PlacementReader, distinct, resolve_group
 from distclip._scope import Scope, find_scope, message_device
 
 
@@ -101,19 +101,14 @@ def build_plan(
         scope = Scope((0,))
     else:
         scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group, stages)
-    agreed = agree(parameters, placements, scope)
-    every = [
-        ParameterInfo(name, torch.Size(), group, units)
-        for name, group, units in zip(agreed.names, agreed.optimizer_groups, agreed.units, strict=True)
-    ]
-    for row, p in zip(agreed.rows, parameters, strict=True):
-        every[row] = replace(p.info, name=every[row].name)
+    infos = [p.info for p in parameters]
+    agreed = agree(parameters, infos, placements, scope)
     if everyone and scope.size > 1:
         group, size = scope.group(), scope.size
     else:
         group, size = _reduction_group(placements, scope, agreed.sharded)
     return Plan(
-        parameters=tuple(p.info for p in parameters),
+        parameters=tuple(infos),
         positions=tuple(trains),
         placements=tuple(placements),
         multiplicities=tuple(
@@ -121,7 +116,7 @@ def build_plan(
             for i, p in enumerate(placements)
         ),
         partial=agreed.partial,
-        every=tuple(every),
+        every=agreed.every,
         rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,
@@ -152,7 +147,7 @@ def _reduction_group(
 
     Also its size. ``sharded``: whether any rank in scope holds a shard within its stage.
     """
-    sharding = {axis.group_name: axis for p in placements for axis in p.shards}
+    sharding = {axis.group_name: axis for p in distinct(placements) for axis in p.shards}
     if scope.size == 1:
         # Nothing is reduced: every multiplicity comes out as 1 or more, and is not asked for.
         return None, math.prod(axis.size for axis in sharding.values())

@@ -9,8 +9,8 @@ them would keep the gradients' memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, sub
 from typing import Any
@@ -20,15 +20,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip._gradients import Bucket, Gradients, collect
+from distclip._placement import distinct
 from distclip._plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    bucket: int
-    first: int  # member
-    length: int  # members
-    numel: int
+class _Runs:
+    """The runs of one bucket.
+
+    Attributes:
+        first: of each run, its first member.
+        parameters: of these, the parameters.
+        merged: runs of several members, and their numbers of elements.
+    """
+
+    first: list[int] = field(default_factory=list)
+    parameters: list[int] = field(default_factory=list)
+    merged: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +49,7 @@ class _Layout:
         sharded: of the members, those whose gradients are DTensors, by position; specs: their spec objects.
         dtypes: of the members; complex: whether any of them is.
         first_of: by member, the first member of its run; offsets: its distance from that, in bytes.
-        runs: in order.
+        buckets: the runs, by device and dtype.
     """
 
     absent: list[int]
@@ -52,8 +60,7 @@ class _Layout:
     first_of: list[int]
     offsets: list[int]
     complex: bool
-    runs: list[_Run]
-    num_buckets: int
+    buckets: list[_Runs]
 
 
 # Everything per gradient is a loop inside Python's C code: with 720 of them that is half of the time. The
@@ -62,6 +69,8 @@ _gradient = attrgetter("grad")
 _local = attrgetter("_local_tensor")
 _spec = attrgetter("_spec")
 _dtype = attrgetter("dtype")
+_device = attrgetter("device")
+_storage_layout = attrgetter("layout")
 
 
 class Collector:
@@ -74,7 +83,7 @@ class Collector:
     def __init__(self, plan: Plan, kinds: Sequence[Hashable]) -> None:
         self._plan, self._kinds = plan, kinds
         # Gradients that may have to be summed first are looked at one by one.
-        self._mergeable = not plan.partial and not any(p.partial for p in plan.placements)
+        self._mergeable = not plan.partial and not any(p.partial for p in distinct(plan.placements))
         self._layout: _Layout | None = None
         self._calls = 0
 
@@ -85,118 +94,146 @@ class Collector:
         self._calls += 1
         if self._calls & (self._calls - 1) == 0:
             self._layout = None  # gradients that were apart may lie side by side by now
-        if self._layout is not None:
-            collected = self._from_layout(self._layout, parameters)
-            if collected is not None:
-                return collected
-        self._layout = self._layout_of(parameters) if self._mergeable else None
-        collected = self._from_layout(self._layout, parameters) if self._layout is not None else None
-        return collected if collected is not None else collect(self._plan, tensors)
-
-    def _from_layout(self, layout: _Layout, parameters: list[Tensor]) -> Gradients | None:
-        """The runs of this step, or None where the gradients do not lie so any more."""
         gradients: list[Any] = list(map(_gradient, parameters))
-        for i in layout.absent:
-            if gradients[i] is not None:
-                return None
-        members: list[Any] = [gradients[i] for i in layout.members]
-        if layout.sharded:
-            found = members if len(layout.sharded) == len(members) else [members[i] for i in layout.sharded]
-            if not all(map(isinstance, found, repeat(DTensor))):
-                return None
-            for here, spec in zip(map(_spec, found), layout.specs, strict=True):
-                if here is not spec and here.placements != spec.placements:
-                    return None
-            if found is members:
-                members = list(map(_local, members))
-            else:
-                for i in layout.sharded:
-                    members[i] = members[i]._local_tensor
-        if set(map(type, members)) - {Tensor}:
-            return None
-        if list(map(_dtype, members)) != layout.dtypes or not all(map(Tensor.is_contiguous, members)):
-            return None
-        if layout.complex and (any(map(Tensor.is_conj, members)) or any(map(Tensor.is_neg, members))):
-            return None
-        try:
-            addresses = list(map(Tensor.data_ptr, members))
-        except RuntimeError:  # sparse
-            return None
-        if list(map(sub, addresses, map(addresses.__getitem__, layout.first_of))) != layout.offsets:
-            return None
-        if len(set(addresses)) != len(addresses):
-            return None
-        buckets = [Bucket() for _ in range(layout.num_buckets)]
-        for run in layout.runs:
-            tensor = members[run.first]
-            if run.length > 1:
-                room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
-                if room < run.numel:  # adjacent by chance, in memory of different owners
-                    return None
-                tensor = tensor.as_strided((run.numel,), (1,))
-            buckets[run.bucket].tensors.append(tensor)
-            buckets[run.bucket].parameters.append(layout.members[run.first])
+        locals_ = None if self._layout is None else _lie_as_before(self._layout, gradients)
+        if locals_ is None:
+            self._layout, locals_ = self._look_at(gradients) if self._mergeable else (None, None)
+        if self._layout is None or locals_ is None:
+            return collect(self._plan, tensors)
+        buckets = []
+        for runs in self._layout.buckets:
+            whole = [locals_[n] for n in runs.first]
+            for i, numel in runs.merged:
+                whole[i] = whole[i].as_strided((numel,), (1,))
+            buckets.append(Bucket(whole, runs.parameters))
         return Gradients(parameters, buckets, [])
 
-    def _layout_of(self, parameters: list[Tensor]) -> _Layout | None:
-        """How the gradients lie, or None if any of them cannot simply be taken as it is."""
-        absent: list[int] = []
-        members: list[int] = []
-        locals_: list[Tensor] = []
-        for i, gradient in enumerate(map(_gradient, parameters)):
-            if gradient is None:
-                absent.append(i)
-                continue
-            if isinstance(gradient, DTensor):
-                if gradient._spec.placements != self._plan.placements[i].torch_placements:
-                    return None
-                gradient = gradient._local_tensor
-            simple = (
-                type(gradient) is Tensor and gradient.layout is torch.strided and gradient.is_contiguous()
-            )
-            if not simple or gradient.is_conj() or gradient.is_neg():
-                return None
-            if gradient.numel():
-                members.append(i)
-                locals_.append(gradient)
-        addresses = list(map(Tensor.data_ptr, locals_))
+    def _look_at(self, gradients: list[Any]) -> tuple[_Layout, list[Tensor]] | tuple[None, None]:
+        """How the gradients lie, and the members' local ones; None if any cannot simply be taken as it is."""
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        locals_: list[Any] = [gradients[i] for i in present]
+        specs: list[Any] = [None] * len(present)
+        for n, is_sharded in enumerate(map(isinstance, locals_, repeat(DTensor))):
+            if is_sharded:
+                specs[n], locals_[n] = locals_[n]._spec, locals_[n]._local_tensor
+                if specs[n].placements != self._plan.placements[present[n]].torch_placements:
+                    return None, None
+        if not _are_simple(locals_):
+            return None, None
+        numels, addresses = list(map(Tensor.numel, locals_)), list(map(Tensor.data_ptr, locals_))
+        dtypes = list(map(_dtype, locals_))
+        ends = [a + n * d.itemsize for a, n, d in zip(addresses, numels, dtypes, strict=True)]
         numbers: dict[tuple[torch.device, torch.dtype], int] = {}
-        bucket_of = [numbers.setdefault((t.device, t.dtype), len(numbers)) for t in locals_]
-        order = [n for _, _, n in sorted(zip(bucket_of, addresses, range(len(members)), strict=True))]
-        runs: list[_Run] = []
-        first_of: list[int] = []
-        before = -1
-        for n in order:
-            if before < 0 or not self._adjacent(before, n, members, locals_, addresses):
-                runs.append(_Run(bucket_of[n], len(first_of), 0, 0))
-            run = runs[-1]
-            first_of.append(run.first)
-            runs[-1] = _Run(run.bucket, run.first, run.length + 1, run.numel + locals_[n].numel())
-            before = n
-        members, locals_ = [members[n] for n in order], [locals_[n] for n in order]
-        addresses = [addresses[n] for n in order]
-        sharded = [n for n, i in enumerate(members) if isinstance(parameters[i].grad, DTensor)]
-        dtypes = [t.dtype for t in locals_]
-        return _Layout(
-            absent,
-            members,
-            sharded,
-            [_spec(parameters[members[n]].grad) for n in sharded],
-            dtypes,
-            first_of,
-            [address - addresses[first] for address, first in zip(addresses, first_of, strict=True)],
-            any(dtype.is_complex for dtype in set(dtypes)),
-            runs,
-            len(numbers),
-        )
+        kinds = zip(map(_device, locals_), dtypes, strict=True)
+        bucket_of = [numbers.setdefault(kind, len(numbers)) for kind in kinds]
+        keys = [bucket << 64 | address for bucket, address in zip(bucket_of, addresses, strict=True)]
+        order = sorted([n for n, numel in enumerate(numels) if numel], key=keys.__getitem__)
+        if len(set(map(addresses.__getitem__, order))) < len(order):  # tied or aliased
+            return None, None
 
-    def _adjacent(
-        self, a: int, b: int, members: list[int], locals_: list[Tensor], addresses: list[int]
-    ) -> bool:
-        first, second = locals_[a], locals_[b]
-        return (
-            addresses[a] + first.numel() * first.element_size() == addresses[b]
-            and self._kinds[members[a]] == self._kinds[members[b]]
-            and first.dtype == second.dtype
-            and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        begins: list[int] = []  # of the runs, positions in order
+        before = -1
+        for position, n in enumerate(order):
+            adjacent = before >= 0 and ends[before] == addresses[n] and bucket_of[before] == bucket_of[n]
+            if not adjacent or self._kinds[present[before]] != self._kinds[present[n]]:
+                begins.append(position)
+            before = n
+        members, locals_, addresses, ends, bucket_of = (
+            [column[n] for n in order] for column in (present, locals_, addresses, ends, bucket_of)
         )
+        begins = _apart_by_owner(begins, locals_, addresses, ends)
+        first_of: list[int] = []
+        of_bucket = [_Runs() for _ in numbers]
+        for begin, end in _spans(begins, len(order)):
+            runs = of_bucket[bucket_of[begin]]
+            if end - begin > 1:
+                numel = (ends[end - 1] - addresses[begin]) // locals_[begin].element_size()
+                runs.merged.append((len(runs.first), numel))
+            runs.first.append(begin)
+            runs.parameters.append(members[begin])
+            first_of += [begin] * (end - begin)
+        here = set(present)
+        layout = _Layout(
+            absent=[i for i in range(len(gradients)) if i not in here],
+            members=members,
+            sharded=[position for position, n in enumerate(order) if specs[n] is not None],
+            specs=[specs[n] for n in order if specs[n] is not None],
+            dtypes=[dtypes[n] for n in order],
+            first_of=first_of,
+            offsets=[address - addresses[first] for address, first in zip(addresses, first_of, strict=True)],
+            complex=any(dtype.is_complex for dtype in set(dtypes)),
+            buckets=[runs for runs in of_bucket if runs.first],
+        )
+        return layout, locals_
+
+
+def _are_simple(locals_: list[Any]) -> bool:
+    """Whether all can be measured and changed where they lie: contiguous, and nothing lazy."""
+    return (
+        not set(map(type, locals_)) - {Tensor}
+        and not set(map(_storage_layout, locals_)) - {torch.strided}
+        and all(map(Tensor.is_contiguous, locals_))
+        and not any(map(Tensor.is_conj, locals_))
+        and not any(map(Tensor.is_neg, locals_))
+    )
+
+
+def _spans(begins: list[int], end: int) -> Iterator[tuple[int, int]]:
+    return zip(begins, [*begins, end][1:], strict=True)
+
+
+def _apart_by_owner(
+    begins: list[int], locals_: list[Tensor], addresses: list[int], ends: list[int]
+) -> list[int]:
+    """The beginnings, and more where tensors are adjacent by chance only, in memory of different owners."""
+    more = []
+    for begin, end in _spans(begins, len(locals_)):
+        if end - begin > 1 and _room(locals_[begin]) < ends[end - 1] - addresses[begin]:
+            owners = [tensor.untyped_storage().data_ptr() for tensor in locals_[begin:end]]
+            more += [begin + i for i in range(1, end - begin) if owners[i] != owners[i - 1]]
+    return sorted(begins + more) if more else begins
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes from the first element of the tensor to the end of its memory."""
+    return tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.element_size()
+
+
+def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None:
+    """The members' local gradients, or None where they do not lie so any more."""
+    for i in layout.absent:
+        if gradients[i] is not None:
+            return None
+    members: list[Any] = [gradients[i] for i in layout.members]
+    if layout.sharded:
+        found = members if len(layout.sharded) == len(members) else [members[i] for i in layout.sharded]
+        if not all(map(isinstance, found, repeat(DTensor))):
+            return None
+        for here, spec in zip(map(_spec, found), layout.specs, strict=True):
+            if here is not spec and here.placements != spec.placements:
+                return None
+        if found is members:
+            members = list(map(_local, members))
+        else:
+            for i in layout.sharded:
+                members[i] = members[i]._local_tensor
+    if set(map(type, members)) - {Tensor}:
+        return None
+    if list(map(_dtype, members)) != layout.dtypes or not all(map(Tensor.is_contiguous, members)):
+        return None
+    if layout.complex and (any(map(Tensor.is_conj, members)) or any(map(Tensor.is_neg, members))):
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, members))
+    except RuntimeError:  # sparse
+        return None
+    if list(map(sub, addresses, map(addresses.__getitem__, layout.first_of))) != layout.offsets:
+        return None
+    if len(set(addresses)) != len(addresses):  # tied or aliased
+        return None
+    for runs in layout.buckets:
+        for i, numel in runs.merged:
+            first = members[runs.first[i]]
+            if _room(first) < numel * first.element_size():
+                return None
+    return members

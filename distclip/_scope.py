@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip._placement import Axis, Home, Placement, resolve_group
+from distclip._placement import Axis, Home, Placement, distinct, resolve_group
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def find_scope(
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Scope((0,))
+    placements = distinct(placements)
     if any(p.local for p in placements):
         if not all(p.local for p in placements):
             shared = next(p.label for p in placements if not p.local)
@@ -189,7 +190,7 @@ def _advise_on_uncovered_axes(home: Home) -> None:
 def message_device(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> torch.device:
     """The device on which the packed sums travel: the parameters' own where the group can reduce
     there, else the group's (CPU-offloaded gradients under NCCL: only the packed vector moves)."""
-    own = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    own = next((t.device for t in tensors if not t.is_cpu), torch.device("cpu"))
     if group is None:
         return own
     reachable = [d.type for d in group._device_types]

@@ -99,3 +99,32 @@ def test_groups_are_runs_of_their_own() -> None:
     _adjacent(parameters)
     clipper.clip()
     assert _tensors(clipper) == [[4, 8]]
+
+
+def test_neighbours_by_chance_belong_to_different_owners() -> None:
+    """Four tensors side by side in one piece of memory, which torch believes to be two."""
+    parameters = _parameters((3,), (2,), (4,), (1,))
+    memory = bytearray(40)
+    first = torch.frombuffer(memory, dtype=torch.float32, count=5)
+    second = torch.frombuffer(memory, dtype=torch.float32, offset=20, count=5)
+    for were_one_run in (False, True):
+        clipper = distclip.Clipper(parameters, distclip.GlobalNorm(0.1))
+        if were_one_run:
+            _adjacent(parameters)
+            _check(clipper, parameters)
+            assert _tensors(clipper) == [[10]]
+        first.normal_()
+        second.normal_()
+        for p, gradient in zip(parameters, [*first.split([3, 2]), *second.split([4, 1])], strict=True):
+            p.grad = gradient
+        _check(clipper, parameters)
+        assert _tensors(clipper) == [[5, 5]]
+
+
+def test_nothing_to_measure() -> None:
+    parameters = _parameters((3,), (0,))
+    clipper = distclip.Clipper(parameters, distclip.GlobalNorm(0.1))
+    for gradients in ((None, None), (None, torch.zeros(0)), (torch.ones(3), torch.zeros(0)), (None, None)):
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        assert clipper.clip().total_norm.item() == pytest.approx(0.0 if gradients[0] is None else 3**0.5)
