@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer scales and skips by itself: ``fused=True`` Adam, AdamW, SGD and Adagrad."""
+    """Whether the optimizer scales and skips by itself: ``fused=True`` Adam, AdamW, SGD and, in newer
+    releases of torch, Adagrad."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -78,5 +79,6 @@ def require_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not is_fused(optimizer):
             raise ValueError(
                 f'apply="deferred" hands the coefficient to the optimizer, which {type(optimizer).__name__} '
-                'does not take: use Adam, AdamW, SGD or Adagrad with fused=True, or apply="inplace"'
+                "does not take: use Adam, AdamW, SGD (in newer releases of torch also Adagrad) with "
+                'fused=True, or apply="inplace"'
             )

@@ -56,7 +56,7 @@ class Clipper:
             GradScaler, given to :meth:`step`, skips the step all the same).
         apply: ``"inplace"`` changes the gradients; ``"deferred"`` leaves that to :meth:`step`'s optimizer,
             which takes the coefficient (and the loss scale) along in its own pass. For fused Adam, AdamW,
-            SGD and Adagrad, and strategies with one coefficient for all.
+            SGD and (torch 2.13, not yet 2.11) Adagrad, and strategies with one coefficient for all.
         overlap: measure each gradient during backward, as soon as it is final, so that after backward only
             the collective and the decision remain: those of FSDP2 and other DTensors, of DDP modules in
             ``parameters``, and of a single process. The rest is measured after backward, and so is whatever

@@ -287,3 +287,5 @@ def quiet_known_warnings() -> None:
     ):
         warnings.filterwarnings("ignore", message=message, module="torch")
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # torch 2.11 says so even where the checks are asked for.
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")

@@ -41,7 +41,8 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(out: Tensor, target: Tensor) -> Tensor:
-    return 10 * F.mse_loss(out.float() if out.dtype != torch.float64 else out, target.to(out.dtype))
+    out = out if out.dtype == torch.float64 else out.float()
+    return 10 * F.mse_loss(out, target.to(out.dtype))
 
 
 def unchanged(loss: Tensor) -> Tensor:
@@ -214,6 +215,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda params, **kw: torch.optim.AdamW(params, lr=0.01, eps=1e-3, **kw),
     "Adagrad": lambda params, **kw: torch.optim.Adagrad(params, lr=0.01, eps=1e-3, **kw),
 }  # eps: where a gradient is hardly more than rounding, Adam would make a whole step of it
+# Those whose fused kernel takes a coefficient. torch 2.11 has a fused Adagrad that does not.
+DEFERRING = [
+    name
+    for name, make in OPTIMIZERS.items()
+    if hasattr(make([nn.Parameter(torch.zeros(1))], fused=True), "_step_supports_amp_scaling")
+]
 
 
 def kind(*, fused: bool) -> dict[str, bool]:

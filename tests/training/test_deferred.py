@@ -13,6 +13,7 @@ from tests.counting import count_host_syncs
 from tests.harness import on_row
 from tests.training.passes import count_bytes
 from tests.training.spread import (
+    DEFERRING,
     OPTIMIZERS,
     ROWS,
     SCALERS,
@@ -46,7 +47,7 @@ def trained(row: str, optimizer: str, scaler: str, apply: Any) -> tuple[Spread, 
 
 
 @pytest.mark.parametrize("scaler", ["no scaler", "GradScaler"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", DEFERRING)
 @on_row(SHOWN)
 def test_trains_as_in_place(row: str, optimizer: str, scaler: str) -> float:
     """In place in one process, which ``test_table`` compares with the other placements."""
@@ -71,7 +72,7 @@ def wide() -> nn.Module:
 
 
 @pytest.mark.parametrize("scaler", SCALERS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", DEFERRING)
 def test_one_read_for_the_norm_and_nothing_else(optimizer: str, scaler: str) -> None:
     """Counted by the bytes of gradients that every dispatched operator reads and writes, the optimizer's own
     pass left out; and not a single host sync, scaler.update() included where torch has none in it."""
