@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+from tests.examples.running import start, torchrun
+
 # `accelerate launch`, whose command line also imports what it does not need here.
-LAUNCH = ("accelerate.commands.launch", "--cpu", "--num-processes", "2", "--main-process-port", "0")
+LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num-processes", "2", "--main-process-port", "0")
 
 
 def run(example: str, *options: str, launcher: tuple[str, ...] = ()) -> str:
     """What rank 0 says. It has to end cleanly."""
-    started = ["-m", *launcher] if launcher else []
-    done = subprocess.run(
-        [sys.executable, *started, str(EXAMPLES / example), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "UserWarning"):
-        assert trouble not in done.stderr, done.stderr
-    return done.stdout
+    trouble = ("terminate called", "Traceback", "UserWarning")
+    return start(example, *options, launcher=launcher, trouble=trouble)[0]
 
 
 def test_accelerate_under_its_launcher_and_resumed_by_one_process(tmp_path: Path) -> None:
@@ -49,7 +35,7 @@ def test_accelerate_under_its_launcher_and_resumed_by_one_process(tmp_path: Path
 
 def test_trainer_under_torchrun_and_resumed_by_one_process(tmp_path: Path) -> None:
     options = ("--strategy", "percentile", "--output", str(tmp_path), "--log-every=5", "--save-every=30")
-    first = run("hf_trainer.py", *options, "--steps", "30", launcher=TORCHRUN)
+    first = run("hf_trainer.py", *options, "--steps", "30", launcher=torchrun(2))
     logged = re.findall(r"'loss': '(\S+?)', 'grad_norm': '(\S+?)',.*'clip_threshold': '(\S+?)'", first)
     assert len(logged) == 6
     assert float(logged[-1][0]) < float(logged[0][0]) - 1

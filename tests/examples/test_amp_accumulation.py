@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "amp_accumulation.py"
+from tests.examples.running import start, torchrun
 
 
 def run(*options: str, ranks: int) -> str:
     """What rank 0 says. It has to end cleanly. ``ranks=0`` starts it without a launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks else []), str(EXAMPLE), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "Warning"):
-        assert trouble not in done.stderr, done.stderr
-    return done.stdout
+    return start("amp_accumulation.py", *options, launcher=torchrun(ranks))[0]
 
 
 def said(label: str, out: str) -> float:

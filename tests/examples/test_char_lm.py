@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "char_lm.py"
+from tests.examples.running import start, torchrun
+
 SMALL = ("--batch-size", "16", "--seq-len", "32")
 ENOUGH = ("--steps", "80")  # for the loss to fall, and three times what it takes to blow up
 
@@ -22,19 +19,8 @@ def run(*options: str, ranks: int = 2) -> dict[str, str]:
 
     ``ranks=0`` starts it without a launcher.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks else []), str(EXAMPLE), *SMALL, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "Warning"):
-        assert trouble not in done.stderr, done.stderr
-    return dict(re.findall(r"^(.+?): (.+)$", done.stdout, flags=re.MULTILINE))
+    out, _ = start("char_lm.py", *SMALL, *options, launcher=torchrun(ranks))
+    return dict(re.findall(r"^(.+?): (.+)$", out, flags=re.MULTILINE))
 
 
 def first_norms(summary: dict[str, str]) -> list[float]:

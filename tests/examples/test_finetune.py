@@ -6,11 +6,8 @@ model has random weights; MiniLM has its own.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distclip.monitor import Run, read
+from tests.examples.running import start, torchrun
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_fsdp.py"
 STEPS = 6
 SMALL = ("--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16", "--text", "100000")
 # Follows the norms from the second step on, and is below about half of them: a lost history would show.
@@ -32,20 +29,9 @@ ADAPTIVE = ("--strategy", "percentile(50, multiplier=1, warmup=2)")
 
 def run(history: Path, *options: str, ranks: int, dtype: str = "float32") -> str:
     """What rank 0 says. It has to end cleanly."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     always = (*SMALL, *ADAPTIVE, "--dtype", dtype, "--history", str(history))
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLE), *always, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "Warning"):
-        assert trouble not in done.stderr, done.stderr
-    return done.stdout
+    launcher = torchrun(ranks)
+    return start("finetune_fsdp.py", *always, *options, launcher=launcher, HF_HUB_OFFLINE="1")[0]
 
 
 def held_out(out: str) -> list[float]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.running import start, torchrun
+
 RANKS = 2
 
 
@@ -29,25 +26,14 @@ class Step:
 @cache
 def run(example: str, *options: str) -> tuple[list[Step], str]:
     """The steps of a run, which has to end cleanly, and all that it printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / example), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "Warning"):
-        assert trouble not in done.stderr, done.stderr
+    out, _ = start(example, *options, launcher=torchrun(RANKS))
     steps = []
-    for line in done.stdout.splitlines():
+    for line in out.splitlines():
         if line[:1].isdigit() and " | " in line:
             _, loss, whole, norm, alone, *rest = line.split(" | ")
             norms = [float(n) for n in alone.split()]
             steps.append(Step(float(loss), float(whole), float(norm), norms, rest))
-    return steps, done.stdout
+    return steps, out
 
 
 RUNS = [

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib import image
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rnn_explosion.py"
+from tests.examples.running import start
 
 
 def test_clipped_runs_learn_where_the_unclipped_explodes(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--steps", "120", "--seeds", "2", "--picture", str(picture)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.splitlines()[2:]]
+    out, errors = start("rnn_explosion.py", "--steps", "120", "--seeds", "2", "--picture", str(picture))
+    assert errors == ""
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in out.splitlines()[2:]]
     rows = {name: rest for name, *rest in cells}
     assert len(rows) == 6
 
@@ -36,7 +25,7 @@ def test_clipped_runs_learn_where_the_unclipped_explodes(tmp_path: Path) -> None
     for name in ("GlobalNorm(1)", "Chain(Percentile(90), GlobalNorm(1))", "ZClip(), at most 1"):
         exploded, loss, norm, clipped, direction = rows.pop(name)
         assert exploded == "0 of 2"
-        assert float(loss) < 0.12  # a guess: 0.33
+        assert float(loss) < 0.2  # a guess: 0.33
         assert 1 < float(norm) < 1e6  # before clipping: it had to
         assert 0 < float(clipped.rstrip("%")) < 100
         assert direction == "1.00"

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "spikes.py"
+from tests.examples.running import start, torchrun
 
 
 @cache
 def table(ranks: int) -> list[list[str]]:
     """The cells of the rows that it prints, below the heading."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(EXAMPLE), "--quick"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for trouble in ("terminate called", "Traceback", "Warning"):
-        assert trouble not in done.stderr, done.stderr
-    assert "100%" in done.stderr  # the progress bar
-    heading, rule, *rows = done.stdout.splitlines()
+    launcher = torchrun(ranks if ranks > 1 else 0)
+    out, progress = start("spikes.py", "--quick", launcher=launcher, timeout=200)
+    assert "100%" in progress  # the progress bar
+    heading, rule, *rows = out.splitlines()
     assert heading.count("|") == rule.count("|") == 6
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
