@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -275,6 +276,21 @@ def _drop_groups() -> None:
     dist.barrier()  # no rank is still in a collective of theirs
     for group in [g for g in _world.pg_map if g.group_name not in keep]:
         dist.destroy_process_group(group)
+
+
+def let_go(*references: weakref.ref[Any]) -> bool:
+    """Whether what they refer to is gone, or goes as soon as torch's threads have had the interpreter.
+
+    The thread that ran DDP's hook wakes the backward pass first and drops the bucket, and with it the
+    parameters, after that.
+    """
+    deadline = time.monotonic() + 5.0
+    gc.collect()
+    while alive := any(reference() is not None for reference in references):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.001)
+    return not alive
 
 
 def quiet_known_warnings() -> None:

@@ -6,7 +6,6 @@ one process in float64, on the batch of all ranks.
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.integrations.accelerate import Installed, install
-from tests.harness import on_ranks
+from tests.harness import let_go, on_ranks
 from tests.integrations.accelerators import (
     MAX_NORM,
     Alone,
@@ -603,8 +602,7 @@ def test_models_that_the_accelerator_forgets_die(rank: int, kind: str) -> None:
             dist.barrier()
             a.free_memory()
             del job
-            gc.collect()
-            assert not any(ref() is not None for ref in dead)
+            assert let_go(*dead)
 
 
 # --- the handle -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from distclip import hooks
 from tests import oracle
-from tests.harness import on_ranks
+from tests.harness import let_go, on_ranks
 from tests.layouts import LAYOUTS, mesh1, mesh2
 
 WHEN = ("gradient", "accumulated")
@@ -275,8 +275,7 @@ def test_ddp_hook_cannot_go_but_lets_go(rank: int) -> None:
     assert len(model._comm_hooks) == 1
     dead = weakref.ref(p)
     del model, p, state, handle
-    gc.collect()
-    assert dead() is None
+    assert let_go(dead)
 
 
 @on_ranks(2)

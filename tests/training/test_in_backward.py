@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import warnings
 import weakref
@@ -22,7 +21,7 @@ from distclip._parameters import named_parameters
 from distclip.training.in_backward import InBackward
 from tests import oracle
 from tests.counting import count_host_syncs
-from tests.harness import on_ranks
+from tests.harness import let_go, on_ranks
 from tests.layouts import LAYOUTS, Net, mesh1
 from tests.training.test_hooks import count_collectives, registered
 
@@ -276,8 +275,7 @@ def test_removal(rank: int, kind: str) -> None:
     assert all(torch.equal(oracle.dense(p), b) for p, b in zip(model.parameters(), before, strict=True))  # type: ignore[arg-type]
     dead = weakref.ref(next(model.parameters()))
     del model, in_backward
-    gc.collect()
-    assert dead() is None
+    assert let_go(dead)
 
 
 def test_schedule_moves_with_the_steps_and_state_survives() -> None:
