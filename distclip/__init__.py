@@ -4,12 +4,11 @@ The norm of the whole gradient for any mixture of data, sharded, tensor, pipelin
 parallelism, the same number on every rank, in one small collective.
 """
 
-from importlib.metadata import version as _version
-
 from distclip import hooks
 from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._norms import Norms
 from distclip._report import ClipReport
+from distclip._version import __version__ as __version__
 from distclip.clipper import Clipper
 from distclip.errors import DistclipError, NonFiniteError, OwnershipError
 from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
@@ -33,8 +32,6 @@ from distclip.strategies import (
 )
 from distclip.training.in_backward import InBackward
 from distclip.training.unscaling import unscale_
-
-__version__ = _version("distclip")
 
 __all__ = [
     "AGC",

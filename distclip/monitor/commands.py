@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from distclip._version import __version__
 from distclip.monitor.doctor import examine_installation, examine_runs
 from distclip.monitor.notation import parse_strategy
 from distclip.monitor.page import write_page
@@ -71,7 +71,7 @@ def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if show:
-        print(f"distclip {version_of('distclip')}")
+        print(f"distclip {__version__}")
         raise typer.Exit
 
 

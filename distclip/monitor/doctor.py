@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distclip._advice import NEVER_STEPS, OFTEN
+from distclip._version import __version__
 from distclip.launching import VARIABLES, launch_problems
 from distclip.monitor.recommendation import Recommendation, recommend
 from distclip.monitor.run import HistoryError, Run
@@ -54,7 +55,7 @@ def examine_installation(environment: Mapping[str, str] = os.environ) -> list[Fi
     """torch, devices, backends, launch variables, optional libraries."""
     found = [
         Finding("ok", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("ok", "distclip", version("distclip")),
+        Finding("ok", "distclip", __version__),
     ]
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers < (2, 6):

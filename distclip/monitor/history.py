@@ -9,7 +9,6 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from distclip._advice import is_main_rank
 from distclip._report import ClipReport
+from distclip._version import __version__
 from distclip.monitor.journal import Journal
 from distclip.strategies._base import Strategy
 
@@ -236,7 +236,7 @@ class History:
 
     def _head(self, norm_type: float) -> bytes:
         head: dict[str, Any] = {
-            "distclip": version("distclip"),
+            "distclip": __version__,
             "format": FORMAT,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,

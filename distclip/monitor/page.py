@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from distclip._version import __version__
 from distclip.monitor.envelope import Envelope, envelope, rate
 from distclip.monitor.heat import heat_of
 from distclip.monitor.recommendation import Recommendation, recommend
@@ -52,7 +52,7 @@ def write_page(
     title = title or " · ".join(Path(run.name).name for run in runs)
     data = {
         "title": title,
-        "version": version("distclip"),
+        "version": __version__,
         "runs": described,
         "replays": [_replay(runs[0], replay) for replay in replays],
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+from importlib.metadata import version
 from importlib.resources import files
 
 import pytest
@@ -83,6 +86,24 @@ def test_typed() -> None:
 
 def test_version() -> None:
     assert distclip.__version__.count(".") >= 2
+    assert distclip.__version__ == version("distclip")
+
+
+def test_a_source_tree_that_was_never_installed() -> None:
+    """On a machine without an index, PYTHONPATH is enough."""
+    code = """
+from importlib import metadata
+of = metadata.Distribution.from_name.__func__
+def none(cls, name):
+    if name == "distclip":
+        raise metadata.PackageNotFoundError(name)
+    return of(cls, name)
+metadata.Distribution.from_name = classmethod(none)
+import distclip.cli, distclip.monitor.commands
+print(distclip.__version__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == (distclip.__version__, 0), done.stderr
 
 
 def test_errors() -> None:
