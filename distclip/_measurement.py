@@ -37,7 +37,9 @@ class Measurement:
         self.slots: Slots | Units = Units.of(plan, tensors) if strategy.per_unit else slots_of(strategy, plan)
         self._plan, self._strategy, self._tensors = plan, strategy, tensors
         self._accumulate = accumulate
+        # Copied to the device once, when first asked for:
         self._slot_of_every: Tensor | None = None  # [parameters of all stages] int64
+        self._parameter_of_unit: Tensor | None = None  # [units of all stages] int64
         # By whether every parameter is measured.
         self._meters: dict[bool, Meter] = {}
         self._collectors: dict[bool, Collector] = {}
@@ -95,9 +97,11 @@ class Measurement:
         norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
         if not param_norms:
             return norms, None
-        counts = torch.tensor([info.units for info in plan.every], device=sums.device)
-        parameter = torch.arange(len(plan.every), device=sums.device).repeat_interleave(counts)
-        return norms, Norms.from_power_sums(regroup(sums, parameter, len(plan.every), p), p, plan.names)
+        if self._parameter_of_unit is None:
+            owners = [i for i, info in enumerate(plan.every) for _ in range(info.units)]
+            self._parameter_of_unit = torch.tensor(owners, dtype=torch.int64, device=sums.device)
+        sums = regroup(sums, self._parameter_of_unit, len(plan.every), p)
+        return norms, Norms.from_power_sums(sums, p, plan.names)
 
     def _meter(self, every_parameter: bool) -> Meter:
         if every_parameter not in self._meters:

@@ -349,7 +349,7 @@ class Clipper:
         lacks."""
         missing = self._window.missing
         if inverse_scale is None:
-            return None if missing == 1 else torch.tensor(missing, dtype=torch.float32, device=device)
+            return None if missing == 1 else torch.full((), missing, device=device)
         return inverse_scale.to(device) * missing
 
     def require_synchronised(self) -> None:

@@ -119,11 +119,11 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     Example:
         >>> distclip.clip_grad_value_(model.parameters(), 0.5)
     """
-    bound = torch.tensor(require_bound("clip_value", clip_value))
+    bound = require_bound("clip_value", clip_value)
     named = named_parameters(freeze_source(parameters))
     gradients = collect(build_plan(named, alone=True), [p.tensor for p in named])
     for bucket in gradients.buckets:
-        kernels.clamp_(bucket.tensors, bound.to(bucket.tensors[0].device))
+        kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
     gradients.commit()
 
 

@@ -36,23 +36,26 @@ class Threshold(nn.Module):
 
     def peek(self, like: Tensor) -> Tensor:
         """The threshold of this step, 0-dim as ``like``, without taking the step."""
-        value = self.value(self.step.clone()) if callable(self.value) else self.value
-        return torch.as_tensor(value, dtype=like.dtype, device=like.device).clamp(min=0)
+        return self._scheduled(like) if callable(self.value) else like.new_full((), self.value)
 
     def advance(self, like: Tensor) -> tuple[float | Tensor, Tensor]:
         """The threshold of this step, to compute with and, 0-dim as ``like``, to report."""
         if not callable(self.value):
             return self.value, torch.full_like(like, self.value)
+        threshold = self._scheduled(like)
+        self.step += 1
+        return threshold, threshold
+
+    def _scheduled(self, like: Tensor) -> Tensor:
+        assert callable(self.value)
         value = self.value(self.step.clone())
         if not isinstance(value, Tensor):
-            value = torch.full_like(like, value)
+            value = like.new_full((), value)
         if value.dim() != 0:
             raise ValueError(
                 f"{self.name}={self.value!r} returned shape {tuple(value.shape)}: expected 0-dim"
             )
-        self.step += 1
-        threshold = value.to(like).clamp(min=0)
-        return threshold, threshold
+        return value.to(like).clamp(min=0)
 
 
 def scale_above(norm: Tensor, bound: Tensor, eps: float) -> Tensor:

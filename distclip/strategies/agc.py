@@ -60,9 +60,10 @@ class AGC(Strategy):
         self.register_buffer("excluded", torch.zeros(0, dtype=torch.bool), persistent=False)
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
-        left_out = [any(fnmatchcase(p.name, pattern) for pattern in self.exclude) for p in parameters]
-        units = torch.tensor([p.units for p in parameters], dtype=torch.int64)
-        self.excluded = torch.tensor(left_out, dtype=torch.bool).repeat_interleave(units)
+        left_out: list[bool] = []
+        for p in parameters:
+            left_out += [any(fnmatchcase(p.name, pattern) for pattern in self.exclude)] * p.units
+        self.excluded = torch.tensor(left_out, dtype=torch.bool)
 
     def forward(self, norms: Norms) -> Decision:
         if norms.weights is None:

@@ -45,17 +45,20 @@ class HostReads:
             self.first = f"{operator} in {Path(line.filename).name}:{line.lineno}: {line.line or ''}"
 
 
+def waits(func: Any, args: Any) -> bool:
+    """Whether the operator makes the host wait for a value, or for a shape that depends on one."""
+    if func is _INDEX:  # waits to count the elements of a mask
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return not _WAITS.isdisjoint(func.tags)
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is not annotated
     def __init__(self, reads: HostReads) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self._reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _INDEX:  # waits to count the elements of a mask
-            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
-        else:
-            waits = not _WAITS.isdisjoint(func.tags)
-        if waits:
+        if waits(func, args):
             self._reads.note(str(func))
         return func(*args, **(kwargs or {}))
 

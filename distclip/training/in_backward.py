@@ -121,7 +121,11 @@ class InBackward:
         strategy.to(self._plan.device)
         self.optimizers = {p.name: make_optimizer([p.tensor]) for p in own}  # type: ignore[list-item]
         self._ordered = list(self.optimizers.values())
-        self._previous = torch.zeros((), device=self._plan.device)  # the last finite total norm
+        device = self._plan.device
+        self._rows = torch.tensor(self._plan.rows, dtype=torch.int64, device=device)
+        self._shares = 1.0 / torch.tensor(self._plan.multiplicities, dtype=torch.float64, device=device)
+        self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
+        self._previous = torch.zeros((), device=device)  # the last finite total norm
         self._begin()
 
         index = {id(p.tensor): i for i, p in enumerate(own)}
@@ -211,19 +215,15 @@ class InBackward:
         """
         plan, p = self._plan, self.strategy.norm_type
         size = len(plan.every)
-        sums = torch.zeros(2 * size, dtype=torch.float64, device=plan.device)
-        for offset, found in ((0, self._before), (size, self._after)):
-            rows = [(i, value) for i, value in enumerate(found) if value is not None]
-            if not rows:
-                continue
-            values = torch.cat([value.to(plan.device) for _, value in rows])
-            slot = torch.tensor([offset + plan.rows[i] for i, _ in rows], device=plan.device)
-            if math.isinf(p):
-                sums.scatter_reduce_(0, slot, values, "amax")
-            else:
-                share = [1.0 / plan.multiplicities[i] for i, _ in rows]
-                sums.index_add_(0, slot, values * values.new_tensor(share))
-        before, after = reduce_message(sums, p, plan.group_name).view(2, size)
+        sums = torch.zeros(2, size, dtype=torch.float64, device=plan.device)
+        if self._singles:
+            for line, found in zip(sums, (self._before, self._after), strict=True):
+                values = torch.cat([self._nothing if v is None else v.to(plan.device) for v in found])
+                if math.isinf(p):
+                    line.scatter_reduce_(0, self._rows, values, "amax")
+                else:
+                    line.index_add_(0, self._rows, values * self._shares)
+        before, after = reduce_message(sums, p, plan.group_name)
         norms = Norms.from_power_sums(before, p, plan.names)
         clipped_norm = Norms.from_power_sums(after, p, plan.names).total
         total = norms.total
