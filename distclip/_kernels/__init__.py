@@ -27,7 +27,7 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
     Sums of squares are accumulated in ``accumulate`` (float32, or float64), or in the tensors' own
     dtype where that is wider; other powers so that they are no less exact.
     """
-    if _goes_to_triton(tensors[0]):
+    if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
 
         return triton.power_sums(tensors, norm_type, accumulate)
@@ -36,7 +36,7 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
     """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once)."""
-    if _goes_to_triton(tensors[0]):
+    if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
 
         return triton.scale_(tensors, coefficient)
@@ -45,14 +45,15 @@ def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
     """Multiply each tensor by its own coefficient, [len(tensors)] float32."""
-    if _goes_to_triton(tensors[0]):
+    if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
 
         return triton.scale_each_(tensors, coefficients)
     return foreach.scale_each_(tensors, coefficients)
 
 
-def _goes_to_triton(tensor: Tensor) -> bool:
+def goes_to_triton(tensor: Tensor) -> bool:
+    """Whether it is summed and scaled by Triton's kernels."""
     if torch.compiler.is_compiling() or tensor.device.type != "cuda":
         return False
     chosen = _in_triton.get(tensor.device)

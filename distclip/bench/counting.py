@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,3 +69,18 @@ def count(call: Callable[[], object]) -> Counts:
     with _Counter() as counter:
         call()
     return Counts(counter.bytes_moved, counter.collectives, counter.host_syncs)
+
+
+def count_cuda_syncs(call: Callable[[], object]) -> int:
+    """Make the call once, and count how often the host waits for the device: torch's own sync debug mode,
+    which sees copies too."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in said)

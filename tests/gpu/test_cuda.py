@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distclip
+from distclip.bench.counting import count_cuda_syncs
 from tests import oracle
 
 pytestmark = [
@@ -99,3 +100,11 @@ def test_fused_step_without_a_host_sync() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert report.clipped.item()
+
+
+def test_the_bench_counts_what_waits() -> None:
+    a = torch.ones(3, device="cuda")
+    assert count_cuda_syncs(lambda: a.add_(1.0)) == 0
+    assert count_cuda_syncs(lambda: a.sum().item()) == 1
+    assert count_cuda_syncs(lambda: torch.tensor([1.0, 2.0], device="cuda")) == 1
+    assert torch.cuda.get_sync_debug_mode() == 0

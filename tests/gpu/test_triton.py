@@ -29,7 +29,7 @@ SIZES = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2 + [32000, 1, 3, 1023
 
 @pytest.fixture(scope="module", autouse=True)
 def in_triton() -> None:
-    assert kernels._goes_to_triton(torch.ones(1, device="cuda")), "the other tests would say nothing"
+    assert kernels.goes_to_triton(torch.ones(1, device="cuda")), "the other tests would say nothing"
 
 
 @pytest.fixture

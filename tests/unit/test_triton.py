@@ -164,10 +164,10 @@ def test_the_cpu_and_what_is_compiled_go_to_foreach(monkeypatch: pytest.MonkeyPa
         device = CUDA
 
     monkeypatch.setitem(kernels._in_triton, CUDA, True)
-    assert kernels._goes_to_triton(OnCuda())  # type: ignore[arg-type]
-    assert not kernels._goes_to_triton(torch.ones(1))
+    assert kernels.goes_to_triton(OnCuda())  # type: ignore[arg-type]
+    assert not kernels.goes_to_triton(torch.ones(1))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not kernels._goes_to_triton(OnCuda())  # type: ignore[arg-type]
+    assert not kernels.goes_to_triton(OnCuda())  # type: ignore[arg-type]
 
 
 def test_the_choice_is_made_once_and_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_the_choice_is_made_once_and_passed_on(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(module, name, lambda *a, key=key: called.update([key]))
     g, c = [torch.ones(3)], torch.ones(())
     for in_triton in (False, True):
-        monkeypatch.setattr(kernels, "_goes_to_triton", lambda tensor, chosen=in_triton: chosen)
+        monkeypatch.setattr(kernels, "goes_to_triton", lambda tensor, chosen=in_triton: chosen)
         kernels.power_sums(g, 2, torch.float32)
         kernels.scale_(g, c)
         kernels.scale_each_(g, c.view(1))
