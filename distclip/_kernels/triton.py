@@ -36,7 +36,8 @@ logger = logging.getLogger("distclip")
 
 POWERS = (0.5, 1.0, 2.0, 3.0, math.inf)
 
-_BLOCK = 1024  # elements that one program reads at once: 8 for each of its 128 threads
+# tests/gpu/sweep.py tries others.
+_BLOCK, _WARPS = 1024, 4  # elements that one program reads at once: 8 for each of its 128 threads
 _REPEAT = 4  # float32 additions in a row, before the sum goes on in float64
 # A chunk is a multiple of _BLOCK * _REPEAT. There are about a thousand, whatever the device, so that
 # replicas on unlike devices add in the same order; huge lists get more, small ones fewer.
@@ -115,7 +116,7 @@ def _power_sums(layout: _Layout, table: Tensor, norm_type: float, dtype: torch.d
     if layout.num_chunks:
         programs.sum_chunks[(layout.num_chunks,)](
             table, *layout.chunks, sums,
-            P=power, DTYPE=programs.DTYPES[dtype], BLOCK=_BLOCK, REPEAT=_REPEAT, num_warps=4, **_OPTIONS,
+            P=power, DTYPE=programs.DTYPES[dtype], BLOCK=_BLOCK, REPEAT=_REPEAT, num_warps=_WARPS, **_OPTIONS,
         )  # fmt: skip
     if layout.most == 1 and layout.num_chunks == num_tensors:
         return sums
@@ -156,7 +157,7 @@ def _scale(tensors: list[Tensor], coefficients: Tensor, *, each: bool) -> bool:
         if layout.num_chunks:
             programs.scale_chunks[(min(layout.num_chunks, _PROGRAMS),)](
                 table, *layout.chunks, layout.num_chunks, coefficients.contiguous(),
-                EACH=each, DTYPE=programs.DTYPES[first.dtype], BLOCK=_BLOCK, num_warps=4, **_OPTIONS,
+                EACH=each, DTYPE=programs.DTYPES[first.dtype], BLOCK=_BLOCK, num_warps=_WARPS, **_OPTIONS,
             )  # fmt: skip
             torch.autograd.graph.increment_version(tensors)
     return True

@@ -302,7 +302,7 @@ def test_a_graph_of_what_has_not_run_before() -> None:
         assert torch.equal(got, (before.float() * c).to(torch.bfloat16))
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     for _ in range(3):
         call()
     times = []
@@ -325,13 +325,13 @@ def test_bandwidth(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> No
     flat = torch.empty(int(total * 1e6) // 4, device="cuda")
     other = torch.empty_like(flat)
     one, less = torch.ones((), device="cuda"), torch.full((), 0.999999, device="cuda")
-    rates = {"copy": 2 * total / _milliseconds(lambda: other.copy_(flat))}
-    rates["read (amax)"] = total / _milliseconds(lambda: flat.amax())
+    rates = {"copy": 2 * total / milliseconds(lambda: other.copy_(flat))}
+    rates["read (amax)"] = total / milliseconds(lambda: flat.amax())
     for name, module in (("Triton", kernels), ("foreach", foreach)):
         sums = partial(module.power_sums, tensors, 2.0, torch.float32)
-        rates[f"{name}: sums"] = total / _milliseconds(sums)
-        rates[f"{name}: scale"] = 2 * total / _milliseconds(partial(module.scale_, tensors, less))
-    early = _milliseconds(lambda: kernels.scale_(tensors, one))
+        rates[f"{name}: sums"] = total / milliseconds(sums)
+        rates[f"{name}: scale"] = 2 * total / milliseconds(partial(module.scale_, tensors, less))
+    early = milliseconds(lambda: kernels.scale_(tensors, one))
     with capsys.disabled():
         print(f"\n{len(tensors)} tensors of {dtype}, {total / 1e3:.2f} GB, on {torch.cuda.get_device_name()}")
         for name, rate in rates.items():

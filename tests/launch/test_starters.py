@@ -50,6 +50,7 @@ def test_a_second_life_gets_a_store_of_its_own(starter: str, restarts: str, tmp_
         ("multinode", {"RDZV_ENDPOINT": "no.invalid:1"}, (EXAMPLE,), "no address is known for 'no.invalid'"),
         ("multinode", {"IFACE": "eth99"}, (EXAMPLE,), "IFACE='eth99' has no IPv4 address on this machine"),
         ("multinode", {}, (), "multinode.sh: which script?"),
+        ("gpu", {}, (), "sees no CUDA device"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -69,3 +70,22 @@ def test_other_machines_are_not_waited_for_for_ever() -> None:
     assert done.returncode == 1
     assert re.search(r"multinode.sh: 127.0.0.1 on lo, one of 2 machines, .* for up to 3 s", done.stderr)
     assert "RendezvousTimeoutError" in done.stderr
+
+
+def test_gpu_goes_on_after_a_failure(tmp_path: Path) -> None:
+    """(Which commands it starts; on a GPU, it is itself the test.)"""
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh
+[ "$1" = -c ] && exit  # there is a GPU, it says
+echo "$@"
+case "$*" in *bandwidth | *float32*) exit 1 ;; esac
+""")
+    python.chmod(0o755)
+    steps = "tests bandwidth llama"
+    env = environment(PYTHON=str(python), STEPS=steps, SCALE="0.5")
+    done = run("bash", LAUNCH / "gpu.sh", tmp_path / "out", env=env)
+    assert (done.returncode, done.stderr.strip()) == (1, "failed: bandwidth llama-float32")
+    logs = {log.stem: log.read_text() for log in (tmp_path / "out").glob("*.log")}
+    assert logs.keys() == {"tests", "bandwidth", "llama-bfloat16", "llama-float32"}
+    assert "-m gpu" in logs["tests"]
+    assert "--scale 0.5 --dtype bfloat16" in logs["llama-bfloat16"]
