@@ -10,8 +10,9 @@ measured anew (on an accelerator, where the host would have to wait to know, the
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distclip import _kernels as kernels
 from distclip._placement import MANAGED
 from distclip._plan import Plan
-from distclip._reduction import local_of
+from distclip._reduction import is_offloaded, local_of
 from distclip._synchronisation import wrappers
 
 _BATCH = 1 << 20  # elements that are measured in one go
@@ -41,7 +42,8 @@ class Overlap:
 
     Taken as they arrive: gradients of DTensors (FSDP2 after its reduce-scatter), of the DDP modules in
     ``modules`` after their all-reduce, and of plain parameters in a world of one rank. Whatever else there is
-    (FSDP1, plain parameters whose synchronisation nobody can see) is measured at the clip.
+    (FSDP1, gradients offloaded to the CPU, plain parameters whose synchronisation nobody can see) is measured
+    at the clip.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Overlap:
         self._norm_type, self._accumulate, self._device = norm_type, accumulate, plan.device
         self._sums = torch.zeros(len(self._parameters), dtype=torch.float64, device=plan.device)
         self._seals: list[tuple[int, int]] = [_NOTHING] * len(self._parameters)
-        self._arrived: list[int] = []  # not measured yet
-        self._size = 0  # elements of these
+        # Not measured yet, by the stream that brings them: FSDP2 has one for each kind of reduction, and what
+        # is measured there waits for no other.
+        self._arrived: defaultdict[int, _Batch] = defaultdict(_Batch)
         self._unsealed: list[int] = []  # measured or not
         self._sampled: list[tuple[int, Tensor]] = []
         self._sealed: _Sealed | None = None
@@ -88,6 +91,8 @@ class Overlap:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         for i, parameter in enumerate(self._parameters):
             final = isinstance(parameter, DTensor) or (alone and not hasattr(parameter, MANAGED))
+            # (Under a hook, FSDP2 would wait for the copy of each.)
+            final = final and not is_offloaded(parameter)
             if final and id(parameter) not in under_ddp and parameter.requires_grad:
                 hook = _after_accumulation(me, i)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
@@ -107,11 +112,14 @@ class Overlap:
         gradient = self._parameters[i].grad
         if gradient is None:
             return
-        self._arrived.append(i)
         self._unsealed.append(i)
-        self._size += gradient.numel()
-        if self._size >= _BATCH:
-            self._measure_arrived()
+        local = local_of(gradient)
+        stream = _current_stream(local)
+        batch = self._arrived[stream]
+        batch.parameters.append(i)
+        batch.elements += local.numel()
+        if batch.elements >= _BATCH:
+            self._measure_batch(self._arrived.pop(stream))
         self.queue()
 
     def queue(self) -> None:
@@ -135,7 +143,9 @@ class Overlap:
 
     def _seal(self) -> None:
         self._queued = False
-        self._measure_arrived()
+        # Backward waits for the streams of its nodes, and FSDP2 for its own, before this is called.
+        while self._arrived:
+            self._measure_batch(self._arrived.popitem()[1])
         for i in self._unsealed:
             gradient = self._parameters[i].grad
             in_order = self._lie_as_their_parameters([gradient], [i])
@@ -152,8 +162,8 @@ class Overlap:
         self._seals = [_NOTHING] * len(self._seals)
         self._sampled, self._sealed = [], None
 
-    def _measure_arrived(self) -> None:
-        arrived, self._arrived, self._size = list(dict.fromkeys(self._arrived)), [], 0
+    def _measure_batch(self, batch: _Batch) -> None:
+        arrived = list(dict.fromkeys(batch.parameters))
         self._measure(arrived, [self._parameters[i].grad for i in arrived])
 
     @torch.no_grad()
@@ -235,6 +245,12 @@ class Overlap:
         return torch.equal(now, then) if now.is_cpu else (now == then).all()
 
 
+@dataclass(eq=False)
+class _Batch:
+    parameters: list[int] = field(default_factory=list)
+    elements: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class _Sealed:
     """The seals as columns, to be compared in loops inside Python's C code.
@@ -280,6 +296,10 @@ class _Sealed:
 _listeners: weakref.WeakKeyDictionary[DistributedDataParallel, weakref.WeakSet[Overlap]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def _current_stream(tensor: Tensor) -> int:
+    return 0 if tensor.is_cpu else int(torch.accelerator.current_stream(tensor.device).stream_id)
 
 
 def _is_simple(local: Tensor) -> bool:

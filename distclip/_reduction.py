@@ -130,6 +130,11 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def is_offloaded(tensor: Tensor) -> bool:
+    """Whether it lies in the CPU's memory, and its mesh does not."""
+    return isinstance(tensor, DTensor) and local_of(tensor).is_cpu and tensor.device_mesh.device_type != "cpu"
+
+
 def as_dtensor(local: Tensor, like: Tensor, placements: Sequence[Any]) -> DTensor:
     """``local`` as this rank's piece of a DTensor of the shape of ``like``."""
     assert isinstance(like, DTensor)

@@ -12,7 +12,7 @@ from distclip._gradients import Gradients, collect
 from distclip._parameters import NamedParameter
 from distclip._placement import MANAGED
 from distclip._plan import build_plan
-from distclip._reduction import reduce_message
+from distclip._reduction import is_offloaded, reduce_message
 from distclip._scope import message_device
 
 
@@ -44,6 +44,9 @@ class Single:
 
     def collect(self, parameter: Tensor) -> Gradients:
         """What this rank holds of ``parameter.grad``. Sums it first where it is a ``Partial`` DTensor."""
+        if parameter.grad is not None and is_offloaded(parameter.grad):
+            # FSDP2 may have begun to copy it from this stream and not have waited (torch 2.11).
+            torch.accelerator.current_stream().synchronize()
         return collect(self._plan, [parameter])
 
     def power_sum(self, gradients: Gradients, norm_type: float) -> Tensor:

@@ -269,3 +269,35 @@ def test_batches_are_measured_while_backward_runs() -> None:
     assert len(sizes) >= 4
     assert sum(sizes) == 8
     assert dist.is_initialized() is False
+
+
+def test_gradients_of_unlike_streams_are_measured_apart() -> None:
+    """On an accelerator, one that another stream brings may not be there yet. (These are made up.)"""
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(6)))
+    clipper = distclip.Clipper(model, distclip.GlobalNorm(1e9), overlap=True)
+    _ = clipper.plan
+    stream_of = {id(p): i // 2 % 2 for i, p in enumerate(model.parameters())}
+    brought = {}
+    measured: list[set[int]] = []
+
+    def stream(gradient: Tensor) -> int:
+        owner = next(p for p in model.parameters() if p.grad is gradient)
+        brought[gradient.data_ptr()] = stream_of[id(owner)]
+        return stream_of[id(owner)]
+
+    def noting(tensors: list[Tensor], *args: Any) -> Tensor:
+        measured.append({brought[t.data_ptr()] for t in tensors})
+        return power_sums(tensors, *args)
+
+    power_sums = _kernels.power_sums
+    with (
+        mock.patch.object(_overlap, "_BATCH", 700),
+        mock.patch.object(_overlap, "_current_stream", stream),
+        mock.patch.object(_kernels, "power_sums", noting),
+    ):
+        model(torch.randn(3, 20)).square().sum().backward()
+        assert {0} in measured
+        assert {1} in measured
+        assert all(len(streams) == 1 for streams in measured)
+        norm = clipper.clip().total_norm.item()
+    assert norm == pytest.approx(oracle.norm([p.grad for p in model.parameters()]), rel=1e-6)  # type: ignore[misc]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 import distclip
 from distclip.bench.counting import count_cuda_syncs
@@ -108,3 +114,59 @@ def test_the_bench_counts_what_waits() -> None:
     assert count_cuda_syncs(lambda: a.sum().item()) == 1
     assert count_cuda_syncs(lambda: torch.tensor([1.0, 2.0], device="cuda")) == 1
     assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cuda", (1,))
+    gc.collect()  # a model that outlives its process group may abort the process
+    dist.destroy_process_group()
+
+
+def _sharded(mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4)))
+    for module in (*model, model):
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        fully_shard(module, mesh=mesh, offload_policy=policy)
+    return model if offload else model.cuda()
+
+
+def _large_backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+    torch.cuda._sleep(20_000_000)  # the host is ahead: what is not waited for is not there yet
+    model(torch.randn(64, 2048, generator=generator).cuda()).pow(2).sum().backward()
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient, of one rank all of it."""
+    return parameter.grad.to_local().double().cpu()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_overlap_under_fsdp2(one_rank: DeviceMesh, offload: bool) -> None:
+    """Measured on FSDP2's own streams."""
+    model = _sharded(one_rank, offload=offload)
+    clipper = distclip.Clipper(model, distclip.GlobalNorm(1e9), overlap=True)
+    _ = clipper.plan
+    for seed in range(4):
+        _large_backward(model, seed)
+        got = clipper.clip().total_norm.item()
+        assert got == pytest.approx(oracle.norm(map(_whole, model.parameters())), rel=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_hooks_under_fsdp2(one_rank: DeviceMesh, offload: bool) -> None:
+    """An offloaded gradient may still be on its way when the hook runs."""
+    model = _sharded(one_rank, offload=offload)
+    for seed in range(4):
+        _large_backward(model, seed)
+        want = [_whole(p).clamp(-0.01, 0.01) for p in model.parameters()]
+        assert max(w.abs().max().item() for w in want) == pytest.approx(0.01, rel=1e-6)
+        with distclip.hooks.clip_value(model, 0.01, when="accumulated"):
+            _large_backward(model, seed)
+        for p, w in zip(model.parameters(), want, strict=True):
+            torch.testing.assert_close(_whole(p), w, rtol=1e-5, atol=1e-8)
