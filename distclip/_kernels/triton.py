@@ -3,7 +3,7 @@
 The kernels find the tensors through a table of addresses, and their share of the work through a table of
 chunks, so one launch serves any number of tensors of any sizes. Two things are kept between steps:
 
-- the chunks, which depend on the sizes alone;
+- the chunks, which depend on the sizes alone, for each stream its own;
 - the addresses, checked by ``data_ptr()``. Gradient buffers move: a new table is then copied from pinned
   memory without waiting. No table is ever overwritten, on the host or on the device, so no kernel and no
   copy under way can see it change: the memory of one that is dropped is given out again by torch's
@@ -26,6 +26,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ _REPEAT = 4  # float32 additions in a row, before the sum goes on in float64
 # replicas on unlike devices add in the same order; huge lists get more, small ones fewer.
 _CHUNKS, _SMALLEST, _LARGEST = 1024, _BLOCK * _REPEAT, 1 << 18
 _PROGRAMS = 2048  # that scale: what an H200 runs at a time, and what an early-out costs
-_LAYOUTS = 512
+_KEPT = 1 << 21  # chunks of all layouts: 32 MB on the device
+_OF_EACH = 1024  # that each counts in addition: no more than 2048 layouts
 _OPTIONS = {"enable_fp_fusion": True}  # x * x + total rounds once; left out, Triton 3.9 warns
 
 
@@ -61,7 +63,6 @@ class _Layout:
     counts: Tensor  # [num_chunks] int32
     bounds: Tensor  # [num_tensors + 1] int32
     most: int  # chunks of one tensor
-    stream: int  # that it was made on
     tables: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     ran: set[tuple[str, float]] = field(default_factory=set)
 
@@ -70,11 +71,15 @@ class _Layout:
         return self.owners.numel()
 
     @property
+    def weight(self) -> int:
+        return _OF_EACH + self.num_chunks
+
+    @property
     def chunks(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.owners, self.starts, self.counts
 
     @staticmethod
-    def of(numels: Sequence[int], itemsize: int, device: torch.device, stream: int) -> _Layout:
+    def of(numels: Sequence[int], itemsize: int, device: torch.device) -> _Layout:
         size = min(_LARGEST, max(_SMALLEST, 1 << (max(sum(numels) // _CHUNKS, 1).bit_length() - 1)))
         sizes = torch.tensor(numels, dtype=torch.int64)
         chunks = (sizes + size - 1) // size
@@ -87,11 +92,11 @@ class _Layout:
             _to_device((sizes[owners] - starts).clamp(max=size).int(), device),
             _to_device(bounds.int(), device),
             int(chunks.max()),
-            stream,
         )
 
 
-_layouts: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], _Layout] = {}
+_Sizes: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...]]
+_layouts: dict[tuple[_Sizes, int], _Layout] = {}  # by the stream as well: what DDP's hooks run on changes
 _captured: dict[int, tuple[_Layout, Tensor]] = {}  # what graphs read, by the id of the table
 
 
@@ -171,21 +176,24 @@ def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Te
     device = tensors[0].device
     addresses = tuple(map(Tensor.data_ptr, tensors))
     numels = tuple(map(Tensor.numel, tensors))
-    key = (device, tensors[0].dtype, numels)
-    layout = _layouts.get(key)
-    if _capturing(device):
-        if layout is None or kernel not in layout.ran:
+    sizes = (device, tensors[0].dtype, numels)
+    if _capturing(device):  # on a stream of its own
+        made = (layout for (of, _), layout in _layouts.items() if of == sizes and kernel in layout.ran)
+        layout = next(made, None)
+        if layout is None:
             return None
         table = layout.tables.get(addresses)
         if table is None:
             table = _written_by_kernels(addresses, device)
         _captured[id(table)] = layout, table
         return layout, table
-    stream = _stream(device)
-    if layout is None or layout.stream != stream:
-        if len(_layouts) >= _LAYOUTS:  # gradients that come and go: keep the memory bounded
-            _layouts.clear()
-        layout = _layouts[key] = _Layout.of(numels, tensors[0].element_size(), device, stream)
+    key = (sizes, _stream(device))
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = _Layout.of(numels, tensors[0].element_size(), device)
+        if sum(each.weight for each in _layouts.values()) + layout.weight > _KEPT:
+            _layouts.clear()  # gradients that come and go: keep the memory bounded
+        _layouts[key] = layout
     table = layout.tables.get(addresses)
     if table is None:
         while len(layout.tables) >= max(2, 1024 // len(addresses)):

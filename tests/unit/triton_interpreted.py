@@ -236,7 +236,7 @@ def test_offsets_beyond_32_bits() -> None:
     """A chunk that starts 6 GB into its tensor (whose address is moved back by as much)."""
     g = torch.randn(CHUNK)
     far = 6 << 30
-    layout = host._Layout.of([CHUNK], 4, CPU, 0)
+    layout = host._Layout.of([CHUNK], 4, CPU)
     out = torch.zeros(1, dtype=torch.float64)
     table, start = torch.tensor([g.data_ptr() - far]), torch.tensor([far])
     programs.sum_chunks[(1,)](
@@ -249,7 +249,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("sizes", [[1], [0, 5, 0], [3_000_000, 1, 4096, 4097], [7, 3 << 31], [2] * 3000])
 def test_chunks_cover_every_element_once(sizes: list[int]) -> None:
     itemsize = 2
-    layout = host._Layout.of(sizes, itemsize, CPU, 0)
+    layout = host._Layout.of(sizes, itemsize, CPU)
     owners, starts, counts = (t.tolist() for t in layout.chunks)
     ends = [0] * len(sizes)
     for owner, start, count in zip(owners, starts, counts, strict=True):
@@ -358,6 +358,21 @@ def test_tables_are_made_once_and_again_when_buffers_move(monkeypatch: pytest.Mo
     assert made == {"chunks": 3, "addresses": 4}
 
 
+def test_each_stream_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP's hooks run on a stream of a pool, the next one each time: when one comes back, nothing is made."""
+    tensors = [torch.randn(n) for n in (50, CHUNK + 1)]
+    for turn in range(2):
+        for stream in (3, 5):
+            monkeypatch.setattr(host, "_stream", lambda device, stream=stream: stream)
+            assert measured(tensors, 2) == close(tensors, 2)
+        if turn == 0:
+            first = dict(host._layouts)
+    assert sorted(stream for _, stream in first) == [3, 5]
+    assert host._layouts == first
+    monkeypatch.setattr(host, "_capturing", lambda device: True)
+    assert host._find(tensors, ("power_sums", 2)) is not None
+
+
 def test_tables_in_use_are_never_overwritten() -> None:
     tensors = [torch.randn(8) for _ in range(4)]
     tables = []
@@ -371,7 +386,7 @@ def test_tables_in_use_are_never_overwritten() -> None:
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_LAYOUTS", 3)
+    monkeypatch.setattr(host, "_KEPT", 3 * 1025)
     for n in range(1, 8):
         assert measured([torch.ones(n)], 2) == [n]
         assert len(host._layouts) <= 3
@@ -379,7 +394,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(10):
         found = host._find([base[i + j : i + j + 1] for j in range(600)], ("power_sums", 2))
         assert found is not None
-    (layout,) = (v for k, v in host._layouts.items() if len(k[2]) == 600)
+    (layout,) = (v for k, v in host._layouts.items() if len(k[0][2]) == 600)
     assert len(layout.tables) == 2
 
 
