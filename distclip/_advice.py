@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip._report import ClipReport
+from distclip._transfer import Transfer
 
 logger = logging.getLogger("distclip")
 
 FIRST_LOOK = 10
 """Steps until the norms are first looked at: soon enough for a loop that clips nothing at all."""
 BLOCK = 100
-"""Steps between two later looks, each of which waits for the device once."""
+"""Steps between two later looks."""
 OFTEN, OFTEN_STEPS = 0.95, 200
 NEVER_STEPS = 1000
 ORDINARY = 0.99
@@ -37,9 +38,10 @@ class Advice:
       ``distclip recommend`` gives for these steps.
     - Never clipped in 1000 steps, by a threshold that does not adapt. With the same.
 
-    The values are fetched in blocks: one host synchronisation in 100 steps, and none any more once there is
-    nothing left to find. It logs (to the logger ``distclip``) and does not warn: a warning that is made an
-    error would raise on one rank only, and the others would wait for it.
+    The values are fetched in blocks, in the background: no step waits for the device, and what a block says
+    may be said a few steps later. Nothing is fetched any more once there is nothing left to find. It logs (to
+    the logger ``distclip``) and does not warn: a warning that is made an error would raise on one rank only,
+    and the others would wait for it.
 
     Args:
         whole: whether the strategy compares one norm, that of the whole gradient, with one threshold. If
@@ -55,6 +57,7 @@ class Advice:
         self._whole = whole
         self._speaks: bool | None = None  # on rank 0 only, which is known at the first report
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._coming: Transfer | None = None  # a block of them
         self._seen = 0
         self._latest: deque[tuple[float, float, bool]] = deque(maxlen=NEVER_STEPS)
         self._watching = {"zero", "often", "never"} if whole else {"zero"}
@@ -75,10 +78,14 @@ class Advice:
             if not self._speaks:
                 return
         self._pending.append((report.total_norm, report.threshold, report.clipped))
-        if len(self._pending) >= (BLOCK if self._seen else FIRST_LOOK):
-            self._look()
+        if self._coming is None and len(self._pending) >= (BLOCK if self._seen else FIRST_LOOK):
+            self._coming = self._fetch()
+        if self._coming is not None and self._coming.arrived:
+            block, self._coming = self._coming.values, None
+            self._look(block)
 
-    def _look(self) -> None:
+    def _fetch(self) -> Transfer:
+        """[3, steps]: norms, thresholds (NaN where there are several), and which were clipped."""
         pending, self._pending = self._pending, []
         self._seen += len(pending)
         nan = torch.full_like(pending[0][0], math.nan)
@@ -87,7 +94,10 @@ class Advice:
             [t.to(nan) if t.dim() == 0 else nan for _, t, _ in pending],
             [clipped.to(nan) for _, _, clipped in pending],
         )
-        norms, thresholds, clipped = torch.stack([torch.stack(column) for column in columns]).tolist()
+        return Transfer(torch.stack([torch.stack(column) for column in columns]))
+
+    def _look(self, block: Tensor) -> None:
+        norms, thresholds, clipped = block.tolist()
         for norm, threshold, flag in zip(norms, thresholds, clipped, strict=True):
             if math.isfinite(norm):
                 self._latest.append((norm, threshold, bool(flag)))

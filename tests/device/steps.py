@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distclip
-from distclip import hooks
+from distclip import _advice, hooks
+from distclip._transfer import Transfer
 from distclip.testing._surroundings import waits
 
 DEVICE = "elsewhere"
@@ -50,7 +52,8 @@ class Waiting(TorchDispatchMode):
         if waits(func, args):
             self.note(func)
         result = func(*args, **kwargs)
-        if func in _COPIES and len(devices_of((args, kwargs, result))) > 1:
+        copied = func in _COPIES and len(devices_of((args, kwargs, result))) > 1
+        if copied and not (kwargs.get("non_blocking") and devices_of(result) == {"cpu"}):
             self.note(func)
         return result
 
@@ -216,6 +219,20 @@ def recording() -> Step:
     return step
 
 
+def advised() -> Step:
+    """The step at which the advice about the threshold fetches what it has seen, from a slow device."""
+    net = model()
+    clipper = distclip.Clipper(net, distclip.GlobalNorm(0.5))
+
+    def step(i: int) -> None:
+        backward(net)
+        with mock.patch.object(_advice, "FIRST_LOOK", 3), mock.patch.object(Transfer, "arrived", False):
+            clipper.clip()
+        assert (clipper._advice._coming is not None) == (i >= 2)
+
+    return step
+
+
 def row(name: str, make: Callable[..., Step], *args: Any, **kwargs: Any) -> None:
     ROWS[name] = lambda: make(*args, **kwargs)
 
@@ -255,6 +272,7 @@ for _when in ("gradient", "accumulated"):
 for _strategy in (distclip.GlobalNorm(0.5), distclip.PerParameter(0.5), distclip.Value(0.5)):
     row(f"InBackward, {type(_strategy).__name__}", in_backward, _strategy)
 row("History", recording)
+row("advice", advised)
 row("control: a value is read", function, lambda net: distclip.total_grad_norm(net).isnan().any().item())
 row("control: a copy to the device", function, lambda net: torch.tensor([1.0, 2.0], device=DEVICE))
 row("control: devices mixed", function, lambda net: net[0].weight.grad.add_(torch.ones(30, 6)))  # type: ignore[operator, union-attr, index]

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from distclip._advice import FIRST_LOOK, Advice, suggest_max_norm
+from distclip._transfer import Transfer
 from distclip.monitor import Recommendation, read, recommend
 from distclip.monitor.run import HistoryError
 from tests.monitor import synthetic
@@ -145,6 +146,20 @@ class TestAdvice:
         self.observe([0.0] * 500, 1.0)
         assert len(caplog.records) == 1
         assert "after backward()" in caplog.text
+
+    def test_what_arrives_late_is_said_late(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        arrived = False
+        monkeypatch.setattr(Transfer, "arrived", property(lambda self: arrived))
+        advice = Advice()
+        for _ in range(FIRST_LOOK + 150):
+            advice.observe(synthetic.report(0.0))
+        assert not caplog.records
+        arrived = True
+        advice.observe(synthetic.report(0.0))
+        assert "after backward()" in caplog.text
+        assert "first 10 steps" in caplog.text
 
     def test_too_low(self, caplog: pytest.LogCaptureFixture, advise) -> None:  # type: ignore[no-untyped-def]
         norms = synthetic.stationary(1000)
