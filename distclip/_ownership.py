@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from distclip import _kernels as kernels
 from distclip._fingerprint import TOLERANCE, WORDS, fingerprints
 from distclip._parameters import NamedParameter, ParameterInfo
 from distclip._placement import Axis, Placement, distinct, whole_shape
@@ -96,7 +97,11 @@ def agree(
 
     group = scope.group()
     device = message_device(group, [p.tensor for p in parameters])
-    counts, sharded = _agree_on_counts(len(parameters), sharded, scope, group, device)
+    devices = {p.tensor.device for p in parameters}
+    lacking = not kernels.all_in_triton(devices)
+    counts, sharded, lacking = _agree_on_counts(len(parameters), (sharded, lacking), scope, group, device)
+    if lacking:
+        kernels.forgo_triton(devices)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
         return Agreement((), ())
@@ -187,14 +192,18 @@ def require_equal_gradients(
 
 
 def _agree_on_counts(
-    count: int, sharded: bool, scope: Scope, group: dist.ProcessGroup | None, device: torch.device
-) -> tuple[list[int], bool]:
-    """The number of parameters of each stage, and whether any is sharded."""
+    count: int,
+    here: tuple[bool, bool],
+    scope: Scope,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> tuple[list[int], bool, bool]:
+    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere."""
     message = torch.full((2, scope.num_stages), -math.inf, dtype=torch.float64, device=device)
     message[:, scope.stage] = torch.tensor([count, -count], dtype=torch.float64)
-    message = torch.cat([message.flatten(), message.new_tensor([float(sharded)])])
+    message = torch.cat([message.flatten(), message.new_tensor(here)])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    *counts, any_sharded = message.tolist()
+    *counts, first, second = message.tolist()
     most, least = counts[: scope.num_stages], [-c for c in counts[scope.num_stages :]]
     for stage, (high, low) in enumerate(zip(most, least, strict=True)):
         if high != low:
@@ -204,7 +213,7 @@ def _agree_on_counts(
                 f"others, {count} on rank {dist.get_rank()}. Pass all parameters on every rank (a missing "
                 f"gradient counts as zero, so do not filter by `p.grad is not None`). {_REMEDIES}"
             )
-    return [int(c) for c in most], bool(any_sharded)
+    return [int(c) for c in most], bool(first), bool(second)
 
 
 def _facts(

@@ -8,7 +8,9 @@ they are foreach operators everywhere.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,19 @@ from torch import Tensor
 from distclip._kernels import foreach
 from distclip._kernels.foreach import clamp_, clamp_each_, fill_where_
 
-__all__ = ["clamp_", "clamp_each_", "fill_where_", "power_sums", "scale_", "scale_each_"]
+__all__ = [
+    "all_in_triton",
+    "clamp_",
+    "clamp_each_",
+    "fill_where_",
+    "forgo_triton",
+    "goes_to_triton",
+    "power_sums",
+    "scale_",
+    "scale_each_",
+]
+
+logger = logging.getLogger("distclip")
 
 _in_triton: dict[torch.device, bool] = {}
 
@@ -56,12 +70,33 @@ def goes_to_triton(tensor: Tensor) -> bool:
     """Whether it is summed and scaled by Triton's kernels."""
     if torch.compiler.is_compiling() or tensor.device.type != "cuda":
         return False
-    chosen = _in_triton.get(tensor.device)
+    return _in_triton_on(tensor.device)
+
+
+def _in_triton_on(device: torch.device) -> bool:
+    chosen = _in_triton.get(device)
     if chosen is None:
         if torch.cuda.is_current_stream_capturing():  # when nothing can be compiled, nor tried
             return False
-        chosen = _in_triton[tensor.device] = _runs_in_triton(tensor.device)
+        chosen = _in_triton[device] = _runs_in_triton(device)
     return chosen
+
+
+def all_in_triton(devices: Iterable[torch.device]) -> bool:
+    """Whether Triton's kernels run on all that are GPUs."""
+    return all(_in_triton_on(device) for device in devices if device.type == "cuda")
+
+
+def forgo_triton(devices: Iterable[torch.device]) -> None:
+    """Foreach operators from now on: what other ranks, which hold copies of the same gradients, have to use.
+    (Two kernels add in two orders, and replicas whose norms differ in the last bit drift apart.)"""
+    for device in devices:
+        if _in_triton.get(device):
+            _in_triton[device] = False
+            logger.warning(
+                "Triton's kernels run on %s, but not on all ranks (theirs say why): foreach operators clip "
+                "on all of them. DISTCLIP_TRITON=0 on every rank chooses them without this message.", device,
+            )  # fmt: skip
 
 
 def _runs_in_triton(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+from distclip import _kernels as kernels
 from distclip import functional
 from tests import oracle
 from tests.harness import let_go, on_ranks
@@ -125,6 +127,20 @@ def test_a_difference_on_one_of_four(rank: int) -> None:
     if rank == 2:
         in_value(named, rank)
     refused(named, "second")
+
+
+@pytest.mark.parametrize("lacking", [None, 1])
+@on_ranks(2)
+def test_replicas_add_with_the_same_kernels(rank: int, lacking: int | None) -> None:
+    """Where Triton's cannot run on one rank, they do on none. (The CPU stands for a GPU.)"""
+    device = torch.device("cpu")
+    runs = kernels._in_triton
+    with (
+        mock.patch.dict(runs, {device: rank != lacking}),
+        mock.patch.object(kernels, "all_in_triton", lambda devices: all(map(runs.get, devices))),
+    ):
+        _ = distclip.Clipper([nn.Parameter(torch.ones(3))], distclip.GlobalNorm(1.0)).plan
+        assert runs[device] == (lacking is None)
 
 
 @on_ranks(2)
