@@ -170,9 +170,10 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
             magnitude = t.abs()
             t.mul_(torch.where(magnitude > bound, bound / magnitude, 1.0))
         return
-    low, high = -bound, bound
+    high = bound.to(tensors[0].dtype)
+    low = -high
     for t in tensors:
-        t.clamp_(low.to(t.dtype), high.to(t.dtype))
+        t.clamp_(low, high)
 
 
 def clamp_each_(tensor: Tensor, bound: Tensor, unit: Tensor) -> None:
