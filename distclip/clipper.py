@@ -59,10 +59,10 @@ class Clipper:
             SGD and (torch 2.13, not yet 2.11) Adagrad, and strategies with one coefficient for all.
         overlap: measure each gradient during backward, as soon as it is final, so that after backward only
             the collective and the decision remain: those of FSDP2 and other DTensors, of DDP modules in
-            ``parameters``, and of a single process. The rest is measured after backward, and so is whatever
-            has been changed since, unless behind autograd's back, through ``p.grad.data`` say, and only in
-            part. (With a GradScaler call :meth:`step`: what its ``unscale_`` does goes behind it too.) Not
-            for unit-wise strategies and those with sums of their own (``AGC``,
+            ``parameters``, and of a single process. The rest (also what is offloaded to the CPU) is measured
+            after backward, and so is whatever has been changed since, unless behind autograd's back, through
+            ``p.grad.data`` say, and only in part. (With a GradScaler call :meth:`step`: what its ``unscale_``
+            does goes behind it too.) Not for unit-wise strategies and those with sums of their own (``AGC``,
             ``Value(measure_direction=True)``), nor with a comm hook of one's own on DDP.
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
