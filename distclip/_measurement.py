@@ -15,6 +15,7 @@ from distclip._norms import Norms
 from distclip._plan import Plan
 from distclip._runs import Collector
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
+from distclip._transfer import on_device
 from distclip._units import Units
 from distclip.strategies._base import Strategy
 
@@ -80,7 +81,7 @@ class Measurement:
         if param_norms and not own:
             if self._slot_of_every is None:
                 groups = groups_of_every(self._strategy, plan)
-                self._slot_of_every = torch.tensor(groups, dtype=torch.int64, device=sums.device)
+                self._slot_of_every = on_device(groups, torch.int64, sums.device)
             sums = regroup(sums, self._slot_of_every, self.slots.size, p)
         norms = replace(
             Norms.from_power_sums(sums, p, self.slots.labels),
@@ -99,7 +100,7 @@ class Measurement:
             return norms, None
         if self._parameter_of_unit is None:
             owners = [i for i, info in enumerate(plan.every) for _ in range(info.units)]
-            self._parameter_of_unit = torch.tensor(owners, dtype=torch.int64, device=sums.device)
+            self._parameter_of_unit = on_device(owners, torch.int64, sums.device)
         sums = regroup(sums, self._parameter_of_unit, len(plan.every), p)
         return norms, Norms.from_power_sums(sums, p, plan.names)
 

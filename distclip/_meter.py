@@ -14,6 +14,7 @@ from distclip._norms import Norms
 from distclip._plan import Plan
 from distclip._reduction import reduce_message
 from distclip._slots import Slots
+from distclip._transfer import on_device
 
 
 class Meter:
@@ -105,7 +106,7 @@ class Meter:
             if len(self._shares) >= 64:  # gradients that come and go: keep the memory bounded
                 self._shares.clear()
             shares = [1.0 / self.plan.multiplicities[i] for i in parameters]
-            self._shares[key] = torch.tensor(shares, dtype=torch.float64, device=device)
+            self._shares[key] = on_device(shares, torch.float64, device)
         return self.slots.index(key[1], device), self._shares[key]
 
 

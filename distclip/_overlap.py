@@ -27,6 +27,7 @@ from distclip._placement import MANAGED
 from distclip._plan import Plan
 from distclip._reduction import is_offloaded, local_of
 from distclip._synchronisation import wrappers
+from distclip._transfer import on_device
 
 _BATCH = 1 << 20  # elements that are measured in one go
 _SAMPLED = 4  # gradients, 16 elements of each
@@ -183,7 +184,7 @@ class Overlap:
         if key not in self._indices:
             if len(self._indices) >= 1024:
                 self._indices.clear()
-            self._indices[key] = torch.tensor(key, device=self._device)
+            self._indices[key] = on_device(key, torch.int64, self._device)
         self._sums.index_copy_(0, self._indices[key], sums.to(self._device))
 
     def sums(self) -> Tensor | None:

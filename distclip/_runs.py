@@ -45,7 +45,7 @@ class _Layout:
 
     Attributes:
         absent: parameters without a gradient.
-        members: parameters with elements on this rank, in the order of their runs.
+        members: parameters with elements on this rank, as they lie in memory.
         sharded: of the members, those whose gradients are DTensors, by position; specs: their spec objects.
         dtypes: of the members; complex: whether any of them is.
         first_of: by member, the first member of its run; offsets: its distance from that, in bytes.
@@ -142,16 +142,20 @@ class Collector:
             [column[n] for n in order] for column in (present, locals_, addresses, ends, bucket_of)
         )
         begins = _apart_by_owner(begins, locals_, addresses, ends)
-        first_of: list[int] = []
+        spans = list(_spans(begins, len(order)))
+        first_of = [begin for begin, end in spans for _ in range(begin, end)]
         of_bucket = [_Runs() for _ in numbers]
-        for begin, end in _spans(begins, len(order)):
+        # In the order of the parameters, wherever they lie: all ranks then add in the same order, and what is
+        # kept on the device for a list of runs fits again.
+        heads = [members[begin] for begin in begins]
+        for i in sorted(range(len(heads)), key=heads.__getitem__):
+            begin, end = spans[i]
             runs = of_bucket[bucket_of[begin]]
             if end - begin > 1:
                 numel = (ends[end - 1] - addresses[begin]) // locals_[begin].element_size()
                 runs.merged.append((len(runs.first), numel))
             runs.first.append(begin)
             runs.parameters.append(members[begin])
-            first_of += [begin] * (end - begin)
         here = set(present)
         layout = _Layout(
             absent=[i for i in range(len(gradients)) if i not in here],

@@ -10,6 +10,7 @@ from torch import Tensor
 from distclip import _kernels as kernels
 from distclip._gradients import Bucket
 from distclip._plan import Plan
+from distclip._transfer import on_device
 from distclip.strategies._base import Strategy
 
 
@@ -19,7 +20,7 @@ class Slots:
 
     labels: tuple[str, ...]  # [num_slots]
     of: tuple[int, ...]  # [num_parameters]
-    # Made once: to bring a list to an accelerator waits for it.
+    # Made once for each list of runs.
     _indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -37,7 +38,7 @@ class Slots:
         if key not in self._indices:
             if len(self._indices) >= 64:  # gradients that come and go: keep the memory bounded
                 self._indices.clear()
-            self._indices[key] = torch.tensor([self.of[i] for i in parameters], device=device)
+            self._indices[key] = on_device([self.of[i] for i in parameters], torch.int64, device)
         return self._indices[key]
 
 

@@ -1,9 +1,16 @@
-"""Numbers on their way from a device to the host."""
+"""Numbers on their way between the host and a device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(values)]: ``torch.tensor(values, device=device)`` waits for the device, this does not."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 class Transfer:

@@ -5,7 +5,7 @@
 #   launch/gpu.sh             # results into runs/gpu
 #   launch/gpu.sh FOLDER
 #
-#   STEPS     some of: tests accelerate bandwidth sweep llama models   (all of them but sweep)
+#   STEPS     some of: bandwidth tests sweep llama models moe accelerate   (all of them but sweep)
 #   SCALE     of the widths of Llama-7B: what the memory has room for, four times over (1)
 #   PYTHON    by default that of .venv, if there is one, else python3
 set -uo pipefail
@@ -13,13 +13,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 source "$here/launch/common.sh"
 out=$(realpath -m "${1-$here/runs/gpu}")
-steps=${STEPS-tests accelerate bandwidth llama models}
+steps=${STEPS-bandwidth tests llama models moe accelerate}
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     fail "$PYTHON sees no CUDA device (or has no torch)"
 mkdir -p "$out"
 cd "$here" || exit
-export PYTHONPATH=$here OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 failed=()
 
 step() { # name command…
@@ -41,8 +41,9 @@ for dtype in bfloat16 float32; do
     step "llama $dtype" "${bench[@]}" --shapes llama --scale "${SCALE-1}" --dtype $dtype \
         --placements plain ddp_bucket_view --cases first unclipped clipped --json "$out/llama-$dtype.json"
 done
-step models "${bench[@]}" --shapes small medium moe --placements plain ddp_bucket_view \
+step models "${bench[@]}" --shapes small medium --placements plain ddp_bucket_view \
     --cases first unclipped clipped changing step --json "$out/models.json"
+step moe "${bench[@]}" --rounds 7 --shapes moe --placements plain ddp_bucket_view --json "$out/moe.json"
 step accelerate "${pytest[@]}" tests/integrations/test_accelerate.py tests/launch/test_accelerate.py
 
 if ((${#failed[@]})); then

@@ -53,7 +53,7 @@ class Waiting(TorchDispatchMode):
             self.note(func)
         result = func(*args, **kwargs)
         copied = func in _COPIES and len(devices_of((args, kwargs, result))) > 1
-        if copied and not (kwargs.get("non_blocking") and devices_of(result) == {"cpu"}):
+        if copied and not kwargs.get("non_blocking"):
             self.note(func)
         return result
 
@@ -219,6 +219,20 @@ def recording() -> Step:
     return step
 
 
+def changing(strategy: str) -> Step:
+    """Another set of gradients each time, as of experts without tokens."""
+    net = model()
+    parameters = list(net.parameters())
+    clipper = distclip.Clipper(net, STRATEGIES[strategy]())
+
+    def step(i: int) -> None:
+        backward(net)
+        parameters[i].grad = None
+        clipper.clip()
+
+    return step
+
+
 def advised() -> Step:
     """The step at which the advice about the threshold fetches what it has seen, from a slow device."""
     net = model()
@@ -258,6 +272,8 @@ for _s in ("GlobalNorm", "GlobalNorm inf", "PerParameter", "AdaGC"):
         f"clip, {_s}, overlap",
         *(clipping, _s, "float32"), param_norms=False, on_nonfinite="propagate", overlap=True,
     )  # fmt: skip
+for _s in ("GlobalNorm", "GlobalNorm inf", "PerParameter", "PerGroup", "AdaGC"):
+    row(f"changing, {_s}", changing, _s)
 row("unscale_", unscaling)
 for _scaled in (False, True):
     row(f"a window that ends early, scaled={_scaled}", accumulating, scaled=_scaled)
@@ -302,5 +318,6 @@ def problems_of(name: str) -> list[str]:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     _setup_privateuseone_for_python_backend(DEVICE)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=DEVICE): made on the CPU, then copied
+    # As for a GPU that is not there: torch.tensor(…, device=DEVICE) is then made on the CPU, and copied.
+    FakeTensorMode.avoid_device_init = True  # type: ignore[method-assign, assignment]
     json.dump({name: problems_of(name) for name in ROWS}, sys.stdout)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import _kernels as kernels
-from distclip._kernels import foreach
+from distclip._kernels import foreach, triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -204,8 +204,6 @@ def _model() -> nn.Module:
 
 def _churn() -> None:
     """Use every bit of memory that is free to be used, and forget every table."""
-    from distclip._kernels import triton
-
     triton._layouts.clear()
     gc.collect()
     for size in (1, 100, 10_000, 1_000_000):
@@ -227,9 +225,10 @@ def test_clip_in_a_graph() -> None:
         for _ in range(9):  # the tenth report would have been looked at
             clipper.clip()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, kept = torch.cuda.CUDAGraph(), len(triton._captured)
     with torch.cuda.graph(graph):
         report = clipper.clip()
+    assert len(triton._captured) > kept  # Triton's kernels, not foreach operators
     _churn()
     for size in (10.0, 0.001, 1.0):
         values = [torch.randn_like(p) * size / math.sqrt(p.numel()) for p in parameters]
@@ -267,10 +266,11 @@ def test_a_whole_step_in_a_graph() -> None:
             clipper.clip()
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
+    graph, kept = torch.cuda.CUDAGraph(), len(triton._captured)
     with torch.cuda.graph(graph):
         backward(model, x)
         report = clipper.clip()
+    assert len(triton._captured) > kept
     _churn()
     for seed in range(3):
         x.copy_(torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)))

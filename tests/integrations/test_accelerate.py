@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradScalerKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -666,7 +666,8 @@ def test_what_cannot_be_is_explained() -> None:
 def test_float16_on_a_gpu(with_distclip: bool) -> None:
     reset()
     try:
-        a = Accelerator(mixed_precision="fp16")
+        # At the usual scale of 65536 the gradient of the last layer would be infinite.
+        a = Accelerator(mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=SCALE)])
         alone = Alone()
         model = net()
         model, optimizer = a.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 import distclip
 
 accelerator = Accelerator()
-model = torch.nn.Linear(3, 2, bias=False)
-torch.nn.init.ones_(model.weight)
-model = accelerator.prepare(model)
+model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+torch.nn.init.ones_(model[0].weight)
+model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 # Ranks average inputs of 1 and 2: the gradient is 1.5 everywhere, if they know of each other.
 model(torch.full((1, 3), 1.0 + accelerator.process_index, device=accelerator.device)).sum().backward()
 norm = distclip.clip_grad_norm_(model, 1.0)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import distclip
+from distclip import _meter, _slots
+from distclip._transfer import on_device
 from tests import oracle
 
 
@@ -128,3 +130,30 @@ def test_nothing_to_measure() -> None:
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         assert clipper.clip().total_norm.item() == pytest.approx(0.0 if gradients[0] is None else 3**0.5)
+
+
+def test_runs_come_in_the_order_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they lie: ranks add in the same order, and nothing is brought to a device again."""
+    parameters = _parameters(*((n,) for n in (700, 5, 300, 90, 11, 2000)))
+    clipper = distclip.Clipper(parameters, distclip.PerParameter(1e-3))
+    _ = clipper.plan
+    brought = []
+    for module in (_meter, _slots):
+        monkeypatch.setattr(
+            module, "on_device", lambda values, *to: brought.append(values) or on_device(values, *to)
+        )
+    for call in range(9):  # all are looked at anew at calls 1, 2, 4 and 8
+        ordered = sorted(parameters, key=lambda p: hash((call, p.numel())))
+        _adjacent(ordered, gap=1)
+        for bucket in clipper._measured.collect().buckets:
+            assert bucket.parameters == [0, 1, 2, 3, 4, 5]
+        _check_each(clipper, parameters)
+    assert len(brought) == 2  # the shares, and the slots
+
+
+def _check_each(clipper: distclip.Clipper, parameters: list[nn.Parameter]) -> None:
+    before = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
+    clipper.clip()
+    for p, was in zip(parameters, before, strict=True):
+        expected = was * min(1.0, 1e-3 / (oracle.norm([was]) + 1e-6))
+        torch.testing.assert_close(p.grad, expected, rtol=1e-5, atol=0)
