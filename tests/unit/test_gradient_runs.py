@@ -148,7 +148,7 @@ def test_runs_come_in_the_order_of_parameters(monkeypatch: pytest.MonkeyPatch) -
         for bucket in clipper._measured.collect().buckets:
             assert bucket.parameters == [0, 1, 2, 3, 4, 5]
         _check_each(clipper, parameters)
-    assert len(brought) == 2  # the shares, and the slots
+    assert len(brought) == 3  # the shares, the slots, and those of all parameters
 
 
 def _check_each(clipper: distclip.Clipper, parameters: list[nn.Parameter]) -> None:
