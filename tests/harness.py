@@ -268,14 +268,18 @@ def _drop_groups() -> None:
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
+    from torch.distributed.tensor import debug
 
     from tests import layouts
 
     keep = {group.group_name for mesh in layouts.MESHES.values() for group in mesh.get_all_groups()}
     keep.add(dist.group.WORLD.group_name)  # type: ignore[union-attr]
     dist.barrier()  # no rank is still in a collective of theirs
-    for group in [g for g in _world.pg_map if g.group_name not in keep]:
+    dropped = [group for group in _world.pg_map if group.group_name not in keep]
+    for group in dropped:
         dist.destroy_process_group(group)
+    if dropped:  # DTensor remembers results by equal meshes, and would return one whose groups are gone
+        debug._clear_sharding_prop_cache()
 
 
 def let_go(*references: weakref.ref[Any]) -> bool:
