@@ -60,6 +60,7 @@ class Agreement:
             with the reduction per mesh axis (``""``, ``"sum"`` or ``"avg"``): a rank on which such a
             gradient is missing has to join its sum all the same.
         sharded: whether any parameter on any rank is sharded within its stage.
+        accelerated: whether any rank has parameters on an accelerator, as far as that was asked.
     """
 
     every: tuple[ParameterInfo, ...]
@@ -67,6 +68,7 @@ class Agreement:
     copies: dict[int, int] = field(default_factory=dict)
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
     sharded: bool = False
+    accelerated: bool = False
 
 
 def agree(
@@ -96,15 +98,16 @@ def agree(
         return Agreement(tuple(infos), tuple(range(len(infos))), sharded=sharded)
 
     group = scope.group()
-    device = message_device(group, [p.tensor for p in parameters])
-    devices = {p.tensor.device for p in parameters}
-    lacking = not kernels.all_in_triton(devices)
-    counts, sharded, lacking = _agree_on_counts(len(parameters), (sharded, lacking), scope, group, device)
+    tensors = [p.tensor for p in parameters]
+    devices = {t.device for t in tensors}
+    here = (sharded, not kernels.all_in_triton(devices), any(d.type != "cpu" for d in devices))
+    counts, (sharded, lacking, accelerated) = _agree_on_counts(len(parameters), here, scope, group)
     if lacking:
         kernels.forgo_triton(devices)
+    device = message_device(group, tensors, accelerated=accelerated)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0:
-        return Agreement((), ())
+        return Agreement((), (), accelerated=accelerated)
 
     words = torch.cat(
         [
@@ -154,6 +157,7 @@ def agree(
         {i: count for i, count in enumerate(copies.tolist()) if count > 1},
         {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},
         sharded,
+        accelerated,
     )
 
 
@@ -163,10 +167,12 @@ def require_equal_gradients(
     placements: Sequence[Placement],
     rows: Sequence[int],
     scope: Scope,
+    device: torch.device,
 ) -> None:
     """Compare the gradients of plain replicas between ranks, as they are now.
 
-    ``names``: of the parameters of all stages; ``rows``: where these stand among them.
+    ``names``: of the parameters of all stages; ``rows``: where these stand among them;
+    ``device``: the plan's.
 
     Raises:
         OwnershipError: on every rank in scope alike.
@@ -174,7 +180,6 @@ def require_equal_gradients(
     group = scope.group()
     if group is None:
         return
-    device = message_device(group, tensors)
     parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
     unproven = [i for i, p in enumerate(placements) if p.home is None and not p.shards]
     prints = _fingerprints(parameters, placements, unproven, _settled_gradient, device)
@@ -193,17 +198,21 @@ def require_equal_gradients(
 
 def _agree_on_counts(
     count: int,
-    here: tuple[bool, bool],
+    here: Sequence[bool],
     scope: Scope,
     group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> tuple[list[int], bool, bool]:
-    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere."""
+) -> tuple[list[int], list[bool]]:
+    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere.
+
+    On a device that does not depend on what this rank holds.
+    """
+    device = message_device(group, ())
     message = torch.full((2, scope.num_stages), -math.inf, dtype=torch.float64, device=device)
     message[:, scope.stage] = torch.tensor([count, -count], dtype=torch.float64)
     message = torch.cat([message.flatten(), message.new_tensor(here)])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    *counts, first, second = message.tolist()
+    found = message.tolist()
+    counts, anywhere = found[: -len(here)], found[-len(here) :]
     most, least = counts[: scope.num_stages], [-c for c in counts[scope.num_stages :]]
     for stage, (high, low) in enumerate(zip(most, least, strict=True)):
         if high != low:
@@ -213,7 +222,7 @@ def _agree_on_counts(
                 f"others, {count} on rank {dist.get_rank()}. Pass all parameters on every rank (a missing "
                 f"gradient counts as zero, so do not filter by `p.grad is not None`). {_REMEDIES}"
             )
-    return [int(c) for c in most], bool(first), bool(second)
+    return [int(c) for c in most], list(map(bool, anywhere))
 
 
 def _facts(

@@ -120,7 +120,7 @@ def build_plan(
         rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,
-        device=message_device(group, tensors),
+        device=message_device(group, tensors, accelerated=agreed.accelerated),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
         first_device_type=tensors[0].device.type if tensors else "cpu",
     )
@@ -133,7 +133,9 @@ def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor]) -> None:
         OwnershipError: on every rank in scope alike.
     """
     parameters = [tensors[i] for i in plan.positions]
-    _ownership.require_equal_gradients(plan.names, parameters, plan.placements, plan.rows, plan.scope)
+    _ownership.require_equal_gradients(
+        plan.names, parameters, plan.placements, plan.rows, plan.scope, plan.device
+    )
 
 
 def _trains(tensor: Tensor) -> bool:

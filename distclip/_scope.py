@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip._placement import Axis, Home, Placement, distinct, resolve_group
+
+logger = logging.getLogger("distclip")
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,9 @@ def _world() -> dist.ProcessGroup:
     return world
 
 
+_made: Counter[tuple[int, ...]] = Counter()  # a name is never used twice
+
+
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     if len(ranks) == dist.get_world_size():
         return _world()
@@ -169,7 +175,17 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     for group in c10d._world.pg_map:
         if group.group_desc == name and tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
             return group
-    group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+    _made[ranks] += 1
+    world, naming = _world(), c10d._process_group_name
+    bound = world.bound_device_id
+    # torch would name it by how many groups this rank is in, which may be another number on each; and with a
+    # bound device have NCCL split it from the world, for which ranks that are not in it would have to call.
+    world.bound_device_id = None
+    c10d._process_group_name = lambda *_, **__: f"{name}:{_made[ranks]}"  # type: ignore[assignment]
+    try:
+        group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+    finally:
+        world.bound_device_id, c10d._process_group_name = bound, naming
     return group
 
 
@@ -179,21 +195,29 @@ def _advise_on_uncovered_axes(home: Home) -> None:
     root = _root_of(home.mesh)
     if root.size() == home.mesh.size() or dist.get_rank() != 0:
         return
-    warnings.warn(
-        f"all parameters live on {home.mesh}, a part of {root}: the norm is taken over those "
-        f"{len(home.ranks)} ranks alone. If the other ranks hold other parts of the same model (pipeline "
-        "stages), pass stages=; if they hold replicas or other models, say so with process_group=.",
-        stacklevel=2,
-    )
+    logger.warning(  # and not warnings: one that is made an error would be raised on this rank alone
+        "all parameters live on %s, a part of %s: the norm is taken over those %d ranks alone. If the other "
+        "ranks hold other parts of the same model (pipeline stages), pass stages=; if they hold replicas or "
+        "other models, say so with process_group=.", home.mesh, root, len(home.ranks),
+    )  # fmt: skip
 
 
-def message_device(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> torch.device:
+def message_device(
+    group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor], *, accelerated: bool = False
+) -> torch.device:
     """The device on which the packed sums travel: the parameters' own where the group can reduce
-    there, else the group's (CPU-offloaded gradients under NCCL: only the packed vector moves)."""
-    own = next((t.device for t in tensors if not t.is_cpu), torch.device("cpu"))
+    there, else the group's (CPU-offloaded gradients under NCCL: only the packed vector moves).
+
+    A group may have one backend for the CPU and another for accelerators: ``accelerated`` says that some rank
+    has parameters there, so that one without any joins it and does not wait in the other.
+    """
+    own = next((t.device for t in tensors if not t.is_cpu), None)
     if group is None:
-        return own
+        return own or torch.device("cpu")
     reachable = [d.type for d in group._device_types]
-    if own.type in reachable:
+    if own is not None and own.type in reachable:
         return own
-    return torch.device(reachable[0])
+    elsewhere = [kind for kind in reachable if kind != "cpu"]
+    if "cpu" in reachable and not (own is None and accelerated and elsewhere):
+        return torch.device("cpu")
+    return torch.device(elsewhere[0])

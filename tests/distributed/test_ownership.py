@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import _kernels as kernels
-from distclip import functional
+from distclip import _scope, functional
 from tests import oracle
 from tests.harness import let_go, on_ranks
 from tests.layouts import mesh1
@@ -286,6 +287,40 @@ def test_process_group_restricts_the_scope(rank: int) -> None:
     in_value(named * 2, rank)
     with pytest.raises(distclip.OwnershipError, match="2 ranks"):
         distclip.Clipper(named, distclip.GlobalNorm(1.0), process_group=groups[rank // 2]).clip()
+
+
+@on_ranks(4)
+def test_a_group_of_ranks_that_are_in_unlike_numbers_of_groups(rank: int) -> None:
+    """torch names a group by how many this rank is in, and those wait for each other that name it alike."""
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    if rank < 3:
+        for _ in range(2):  # the second after the first was destroyed
+            group = _scope._group_of((0, 1, 2))
+            assert _scope._group_of((0, 1, 2)) is group
+            count = torch.ones(1)
+            dist.all_reduce(count, group=group)
+            assert count.item() == 3
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+
+
+@on_ranks(2)
+def test_the_message_travels_where_all_ranks_send_it(rank: int) -> None:
+    """A group may reduce on the CPU by one backend and on GPUs by another: ranks must choose the same."""
+    both, one = dist.new_group(backend="cpu:gloo,cuda:gloo"), dist.new_group(backend="cpu:gloo")
+    with FakeTensorMode():
+        on_cpu, on_gpu = torch.empty(1), torch.empty(1, device="cuda:0")
+    for mine, accelerated, kind in (
+        ([], False, "cpu"),
+        ([on_cpu], False, "cpu"),
+        ([], True, "cuda"),
+        ([on_cpu], True, "cuda"),
+        ([on_gpu], True, "cuda"),
+        ([on_cpu, on_gpu], True, "cuda"),
+    ):
+        assert _scope.message_device(both, mine, accelerated=accelerated).type == kind
+        assert _scope.message_device(one, mine, accelerated=accelerated).type == "cpu"
 
 
 @on_ranks(4)
