@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -30,12 +31,25 @@ def take_step(
         assert grad_scale is None
         optimizer.step()
         return
-    optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = readable(optimizer, grad_scale)  # type: ignore[attr-defined]
+    optimizer.found_inf = readable(optimizer, skipped.float())  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def readable(optimizer: torch.optim.Optimizer, value: Tensor | None) -> Tensor | None:
+    """A flag or factor as a fused optimizer can take it. For parameters that are offloaded to the CPU torch
+    copies it there without waiting, and reads what has not arrived: so it is brought there before."""
+    if value is None or value.is_cpu or not any(map(attrgetter("is_cpu"), parameters_of(optimizer))):
+        return value
+    return value.cpu()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def _lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from distclip._optimizer_step import _lacks_momentum, is_fused
+from distclip._optimizer_step import _lacks_momentum, is_fused, parameters_of, readable
 
 
 class StepSkipper:
@@ -39,7 +38,8 @@ class StepSkipper:
             return
         if is_fused(optimizer) and not _lacks_momentum(optimizer):
             found, flag = getattr(optimizer, "found_inf", None), skipped.float()
-            optimizer.found_inf = flag if found is None else torch.maximum(found, flag.to(found.device))
+            flag = flag if found is None else torch.maximum(found, flag.to(found.device))
+            optimizer.found_inf = readable(optimizer, flag)
             self._found = [found]
         elif skipped.item():
             self._hidden = [(p, p.grad) for p in parameters_of(optimizer)]
@@ -84,8 +84,3 @@ class KeepingScaler:
         states = self._scaler._per_optimizer_states
         for key, state in self._waiting.items():
             states[key] = state
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

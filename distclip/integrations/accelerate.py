@@ -23,11 +23,12 @@ from distclip._fsdp1 import annotate_fsdp1
 from distclip._gradients import collect
 from distclip._loss_scale import LossScale, record
 from distclip._norms import Norms
+from distclip._optimizer_step import parameters_of
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._report import ClipReport
 from distclip.clipper import Clipper
-from distclip.integrations._stepping import KeepingScaler, StepSkipper, parameters_of
+from distclip.integrations._stepping import KeepingScaler, StepSkipper
 from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
 from distclip.training.unscaling import unscale_
 
@@ -240,14 +241,14 @@ class Installed:
 
     @torch.no_grad()
     def _clip_grad_value(self, parameters: Parameters, clip_value: float) -> None:
-        bound = torch.tensor(require_bound("clip_value", clip_value))
+        bound = require_bound("clip_value", clip_value)
         if not self._accelerator.sync_gradients:
             return
         lst = self._list(parameters, 2.0)
         self._unscale(self._scaled(self._owners(lst)), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
         for bucket in gradients.buckets:
-            kernels.clamp_(bucket.tensors, bound.to(bucket.tensors[0].device))
+            kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
         gradients.commit()
 
     def _unscale_gradients(self, optimizer: Any = None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_map
 
 from distclip._apply import OnNonfinite
 from distclip._parameters import named_parameters
@@ -161,6 +162,8 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
 
     def state_dict(self) -> dict[str, Any]:
         states = {index: clipper.state_dict() for index, clipper in self.clippers.items()}
+        # On the CPU: Lightning loads what goes with a sharded checkpoint to where it was saved from.
+        states = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, states)
         return {"clippers": self._loaded | states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

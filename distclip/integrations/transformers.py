@@ -135,7 +135,9 @@ class Installed:
         ):  # a hyperparameter search made another
             self.clipping = accelerate.install(self._trainer.accelerator, self._strategy, **self._options)
         if saved is not None:
-            self.clipping.load_state_dict(torch.load(io.BytesIO(base64.b64decode(saved)), weights_only=True))
+            # Rank 0 has written it, on its own GPU.
+            state = torch.load(io.BytesIO(base64.b64decode(saved)), map_location="cpu", weights_only=True)
+            self.clipping.load_state_dict(state)
         self._steps, self._clipped = 0, None
 
     def observe(self) -> None:
