@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -61,7 +61,7 @@ class Overlap:
         self._seals: list[tuple[int, int]] = [_NOTHING] * len(self._parameters)
         # Not measured yet, by the stream that brings them: FSDP2 has one for each kind of reduction, and what
         # is measured there waits for no other.
-        self._arrived: defaultdict[int, _Batch] = defaultdict(_Batch)
+        self._arrived: defaultdict[Hashable, _Batch] = defaultdict(_Batch)
         self._unsealed: list[int] = []  # measured or not
         self._sampled: list[tuple[int, Tensor]] = []
         self._sealed: _Sealed | None = None
@@ -110,6 +110,9 @@ class Overlap:
 
     def arrive(self, i: int) -> None:
         """Gradient i is final, unless backward goes on to add to it."""
+        if torch._C._current_graph_task_id() == -1:  # FSDP2 in a pipeline stage reduces after backward
+            self._seals[i], self._sealed = _NOTHING, None
+            return
         gradient = self._parameters[i].grad
         if gradient is None:
             return
@@ -218,7 +221,7 @@ class Overlap:
             return False
         seals = [_seal_of(gradient) for gradient in gradients]
         changed = [i for i, (new, old) in enumerate(zip(seals, self._seals, strict=True)) if new != old]
-        self.put(changed, torch.zeros(len(changed), dtype=torch.float64))
+        self.put(changed, torch.zeros(len(changed), dtype=torch.float64, device=self._device))
         self._measure(changed, [gradients[i] for i in changed])
         self._seals = seals
         return True
@@ -299,8 +302,9 @@ _listeners: weakref.WeakKeyDictionary[DistributedDataParallel, weakref.WeakSet[O
 )
 
 
-def _current_stream(tensor: Tensor) -> int:
-    return 0 if tensor.is_cpu else int(torch.accelerator.current_stream(tensor.device).stream_id)
+def _current_stream(tensor: Tensor) -> Hashable:
+    device = tensor.device
+    return None if tensor.is_cpu else (device.index, torch.accelerator.current_stream(device).stream_id)
 
 
 def _is_simple(local: Tensor) -> bool:

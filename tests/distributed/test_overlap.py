@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
@@ -19,7 +21,7 @@ from distclip import _kernels, _overlap
 from tests import oracle
 from tests.distributed.test_laws import bits, local
 from tests.harness import on_ranks, on_row
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, mesh2
 
 # Where each gradient that is final is seen to be so, and where none is.
 GATHERED = {
@@ -136,6 +138,26 @@ def test_ddp_averages_as_without(rank: int) -> None:
         model(x).square().sum().backward()
     for a, b in zip(plain.parameters(), listened.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+@on_ranks(4)
+def test_fsdp2_within_a_pipeline(rank: int) -> None:
+    """A stage reduces its gradients after backward, one by one, and not all in one backward pass."""
+    mesh = mesh2(2, 2, "pp", "dp")
+    torch.manual_seed(rank // 2)
+    model = nn.Sequential(*(fully_shard(nn.Linear(6, 6), mesh=mesh["dp"]) for _ in range(2)))
+    fully_shard(model, mesh=mesh["dp"])
+    stage = PipelineStage(model, rank // 2, 2, torch.device("cpu"), group=mesh.get_group("pp"))
+    schedule = ScheduleGPipe(stage, 2, lambda out, target: (out - target).square().sum())
+    clipper = distclip.Clipper(model, distclip.GlobalNorm(1e-3), stages=mesh["pp"], overlap=True)
+    _ = clipper.plan
+    x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(rank % 2))
+    for i in range(3):
+        model.zero_grad(set_to_none=i == 0)
+        schedule.step(*([x[i]] if rank < 2 else []), **({} if rank < 2 else {"target": -x[i]}))
+        squares = torch.stack([local(p.grad).double().square().sum() for p in model.parameters()]).sum()
+        dist.all_reduce(squares)
+        assert clipper.clip().total_norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-6)
 
 
 def _model() -> nn.Sequential:
