@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
+from distclip._optimizer_step import readable
 from tests import oracle
 from tests.harness import on_ranks, on_row
 from tests.layouts import mesh1, mesh2
@@ -100,6 +102,19 @@ def test_trains_what_torchs_own_sequence_trains(optimizer: str, fused: bool, max
             assert report.total_norm.item() == pytest.approx(norm.item(), rel=1e-5)
     for a, b in zip(values(mine.model), values(theirs.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fused_step_on_the_cpu_waits_for_flags_from_the_gpu() -> None:
+    """torch's own copy of them to where the parameters are does not wait for the GPU to have written them."""
+    with FakeTensorMode():
+        on_cpu, on_gpu = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, device="cuda:0"))
+        flag = torch.zeros((), device="cuda:0")
+        for parameters, where in (([on_cpu], "cpu"), ([on_gpu, on_cpu], "cpu"), ([on_gpu], "cuda")):
+            optimizer = torch.optim.SGD([{"params": [p]} for p in parameters])
+            given = readable(optimizer, flag)
+            assert given is not None
+            assert given.device.type == where
+        assert readable(optimizer, None) is None
 
 
 def test_several_optimizers_step_or_skip_together() -> None:
