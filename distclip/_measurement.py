@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distclip._gradients import Gradients
-from distclip._meter import Meter, regroup
-from distclip._norms import Norms
+from distclip._meter import Meter
+from distclip._norms import Norms, regroup
 from distclip._plan import Plan
 from distclip._runs import Collector
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of

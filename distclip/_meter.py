@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip import _kernels as kernels
 from distclip._gradients import Bucket, Gradients
-from distclip._norms import Norms
+from distclip._norms import Norms, regroup
 from distclip._plan import Plan
 from distclip._reduction import reduce_message
 from distclip._slots import Slots
@@ -92,13 +92,13 @@ class Meter:
 
     def _joined(self, sums: Tensor, slot: Tensor, share: Tensor) -> Tensor:
         """[num_slots]: from the sums of gradients, the slot of each and its share, all of one length."""
-        if math.isinf(self._norm_type):
+        if not math.isinf(self._norm_type):
             if self.slots.size == 1:
-                return sums.amax(0, keepdim=True)
-            return sums.new_zeros(self.slots.size).scatter_reduce_(0, slot, sums, "amax")
-        if self.slots.size == 1:
-            return torch.dot(sums, share).unsqueeze(0)
-        return sums.new_zeros(self.slots.size).index_add_(0, slot, sums * share)
+                return torch.dot(sums, share).unsqueeze(0)
+            sums = sums * share
+        if self.slots.are_distinct:
+            return sums.new_zeros(self.slots.size).index_copy_(0, slot, sums)
+        return regroup(sums, slot, self.slots.size, self._norm_type)
 
     def _columns_of(self, parameters: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (device, tuple(parameters))
@@ -108,11 +108,3 @@ class Meter:
             shares = [1.0 / self.plan.multiplicities[i] for i in parameters]
             self._shares[key] = on_device(shares, torch.float64, device)
         return self.slots.index(key[1], device), self._shares[key]
-
-
-def regroup(power_sums: Tensor, slot: Tensor, num_slots: int, norm_type: float) -> Tensor:
-    """Reduced power sums of parameters -> of the slots that they belong to, ``slot`` [num_parameters]."""
-    out = power_sums.new_zeros(num_slots)
-    if math.isinf(norm_type):
-        return out.scatter_reduce_(0, slot, power_sums, "amax")
-    return out.index_add_(0, slot, power_sums)

@@ -22,6 +22,28 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
     return whole.to(norms.dtype)
 
 
+def regroup(power_sums: Tensor, index: Tensor, num_groups: int, norm_type: float) -> Tensor:
+    """``Σ|g|^p`` (``max|g|`` for p = ∞) of parts -> of the groups that they belong to, [num_groups].
+
+    ``power_sums``: [k] float64; ``index``: [k] int64, the group of each. Adds in the same order every time,
+    as CUDA's ``index_add_`` does not: ranks with the same parts get the same bits.
+    """
+    if num_groups == 1:
+        sums = power_sums.amax if math.isinf(norm_type) else power_sums.sum
+        return sums(0, keepdim=True)
+    groups = power_sums.new_zeros(num_groups)
+    if math.isinf(norm_type):
+        return groups.scatter_reduce_(0, index, power_sums, "amax")
+    return groups.index_put_((index,), power_sums, accumulate=True)
+
+
+def grouped(norms: Tensor, index: Tensor, num_groups: int, norm_type: float) -> Tensor:
+    """Norms of parts, [k] -> of the groups that they belong to, float32; ``index``: [k] int64."""
+    if math.isinf(norm_type):
+        return regroup(norms.double(), index, num_groups, norm_type).float()
+    return regroup(norms.double().pow(norm_type), index, num_groups, norm_type).pow(1 / norm_type).float()
+
+
 @dataclass(frozen=True)
 class Norms:
     """Gradient norms of one step, before clipping, the same numbers on every rank.

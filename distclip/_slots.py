@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Slots:
     @property
     def size(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def are_distinct(self) -> bool:
+        """Whether no two parameters share one."""
+        return len(set(self.of)) == len(self.of)
 
     def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
         """Multiply each gradient by the coefficient of its slot, [num_slots] float32."""

@@ -8,6 +8,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip.testing._surroundings import waits
 
+# They add to one place in whatever order a GPU's threads come. (index_put_ sorts them.)
+_ADDS = {"index_add_", "index_add", "scatter_add_", "scatter_add", "scatter_reduce_", "scatter_reduce"}
+
+
+class refuse_unordered_sums(TorchDispatchMode):
+    """Raises where a GPU would add several numbers in another order each time, so that replicas which hold
+    the same numbers got other bits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _ADDS and "amax" not in args:
+            _, dim, index, *_ = args
+            assert dim == 0, f"{func}: look at other dims too"
+            assert index.unique().numel() == index.numel(), f"{func} adds to one place several times"
+        return func(*args, **(kwargs or {}))
+
 
 class count_host_syncs(TorchDispatchMode):
     """Counts what the host would wait for on a GPU: values (``.item()``, ``bool(t)``, ``float(t)``), and

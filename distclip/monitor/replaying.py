@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distclip._apply import OnNonfinite, resolve
 from distclip._decision import Scale
-from distclip._norms import Norms
+from distclip._norms import Norms, grouped
 from distclip._parameters import ParameterInfo
 from distclip._report import ClipReport
 from distclip.monitor.history import written
@@ -99,14 +99,6 @@ def _replay(run: Run, strategy: Strategy, on_nonfinite: OnNonfinite) -> Iterator
         if strategy.per_parameter:
             report = replace(report, _parameter_norms=row, _parameter_names=run.param_names)
         yield step, report
-
-
-def grouped(norms: Tensor, index: Tensor, num_groups: int, norm_type: float) -> Tensor:
-    """Norms of parameters -> of the groups that they belong to, ``index`` [num_parameters]; float32."""
-    out = torch.zeros(num_groups, dtype=torch.float64)
-    if norm_type == float("inf"):
-        return out.scatter_reduce_(0, index, norms.double(), "amax").float()
-    return out.index_add_(0, index, norms.double().pow(norm_type)).pow(1 / norm_type).float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip._decision import Clamp, Decision, Scale, Then
-from distclip._norms import Norms, combine
+from distclip._norms import Norms, combine, grouped
 from distclip._parameters import ParameterInfo
 from distclip.strategies._base import Strategy
 from distclip.strategies.value import Value
@@ -133,13 +133,8 @@ def _seen_by(link: Strategy, norms: Norms, index: Tensor | None) -> Norms:
         return norms
     if index is None:
         return replace(norms, slots=norms.total.view(1), labels=("total",))
-    p, parts = norms.norm_type, norms.slots.double()
-    groups = parts.new_zeros(len(link.groups))
-    if math.isinf(p):
-        groups.scatter_reduce_(0, index, parts, "amax")
-    else:
-        groups = groups.index_add_(0, index, parts.pow(p)).pow(1 / p)
-    return replace(norms, slots=groups.float(), labels=link.groups)
+    slots = grouped(norms.slots, index, len(link.groups), norms.norm_type)
+    return replace(norms, slots=slots, labels=link.groups)
 
 
 def _spread(values: Tensor, link: Strategy, index: Tensor | None) -> Tensor:

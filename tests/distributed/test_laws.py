@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip._placement import DECLARED, MANAGED, SUMMED
 from tests import oracle
-from tests.counting import count_host_syncs
+from tests.counting import count_host_syncs, refuse_unordered_sums
 from tests.harness import on_row
 from tests.layouts import LAYOUTS, Case
 
@@ -129,7 +129,7 @@ def test_strategies_equal_their_dense_result(row: str) -> list[str]:
         want = expected(before)
         clipper = distclip.Clipper(case.parameters, strategy, **case.kwargs)
         assert clipper.plan is not None  # made outside the count
-        with CommDebugMode() as comm, count_host_syncs() as syncs:
+        with CommDebugMode() as comm, count_host_syncs() as syncs, refuse_unordered_sums():
             report = clipper.clip()
         assert comm.get_total_counts() == LAYOUTS[row].collectives, label
         assert syncs.count <= 1, label  # on the CPU one look at whether anything is clipped
@@ -147,6 +147,35 @@ def test_strategies_equal_their_dense_result(row: str) -> list[str]:
             clipped_norm, rel=1e-2 if low_precision else 1e-5
         ), label
     return reports
+
+
+GROUPS = {"*.weight": 0.1, "*": 0.2}
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        distclip.GlobalNorm,
+        lambda _, p: distclip.PerGroup(GROUPS, norm_type=p),
+        distclip.PerParameter,
+        lambda _, p: distclip.Chain(distclip.PerGroup(GROUPS, norm_type=p), distclip.PerParameter(0.1, p)),
+        lambda *_: distclip.AGC(),
+    ],
+    ids=["GlobalNorm", "PerGroup", "PerParameter", "Chain", "AGC"],
+)
+def test_replicas_add_in_the_same_order(
+    make: Callable[[float, float], distclip.Strategy], norm_type: float
+) -> None:
+    """Law 2, where nothing is reduced over the ranks that could make them agree."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    clipper = distclip.Clipper(model, make(0.1, norm_type))
+    for parameter in reversed(list(model.parameters())):  # not a run
+        parameter.grad = torch.randn(parameter.shape)
+    _ = clipper.plan
+    with refuse_unordered_sums():
+        clipper.clip()
+        clipper.clip(param_norms=True)
 
 
 @on_row(LAYOUTS)
