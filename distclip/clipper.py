@@ -45,7 +45,9 @@ class Clipper:
             ``(name, Tensor)``. Give all parameters on every rank, whether or not they have a gradient.
         strategy: the algorithm, e.g. ``distclip.GlobalNorm(1.0)``.
         stages: the ranks of one pipeline, each of which holds other parameters: a ProcessGroup or a 1-D
-            DeviceMesh. Every rank passes the parameters of its own stage (or stages).
+            DeviceMesh. Every rank passes the parameters of its own stage (or stages). Where only some
+            stages unfreeze parameters later, every rank makes a new Clipper then: the other stages cannot
+            see that there is a new plan to agree upon.
         process_group: the ranks that together hold the model, a ProcessGroup or a 1-D DeviceMesh. Needed
             only where the parameters do not tell: by default the mesh that their DTensors live on, else
             the default group.
