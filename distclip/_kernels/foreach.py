@@ -20,7 +20,7 @@ from torch import Tensor
 _CPU_ROW = 512
 # One that divides the tensor leaves nothing over; a multiple of the vector length is quicker, and a long one.
 _ROW_LENGTHS = sorted(range(257, 513), key=lambda n: (n % 16 > 0, -n))
-_PIECE = 1 << 18
+_PIECE = 1 << 20  # elements: 4 MB
 _KEPT = 1 << 28  # elements: 4 MB for the norms of their rows
 _CPU_SMALL = 512  # up to here the plain norm is as good, and one call serves all tensors
 
@@ -75,9 +75,8 @@ def _row_norms(rows: Tensor, out: Tensor) -> None:
     # torch's norm that reads 16 bits and adds in float32 is not vectorised: converting piece by piece, within
     # the cache, takes a third of its time.
     count = max(1, _PIECE // rows.size(1))
-    piece = torch.empty(min(count, rows.size(0)), rows.size(1))
     for part, norms in zip(torch.split(rows, count), torch.split(out, count), strict=True):
-        torch.linalg.vector_norm(piece[: part.size(0)].copy_(part), 2, 1, out=norms)
+        torch.linalg.vector_norm(part.float(), 2, 1, out=norms)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_"}  # what they write they do not read
+_WRITE_NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Counter(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             read = not (written and (schema.name in _WRITE_ONLY or argument.is_out))
             self.bytes_moved += size * (int(read) + int(written))
-        if not any(r.alias_info is not None for r in schema.returns):
+        if not any(r.alias_info is not None for r in schema.returns) and schema.name not in _WRITE_NOTHING:
             self.bytes_moved += _bytes(out)
 
 
