@@ -138,14 +138,15 @@ def parts(decision: Decision) -> tuple[Scale | None, Clamp | None]:
     return (decision, None) if isinstance(decision, Scale) else (None, decision)
 
 
-def changes(outcome: Outcome) -> bool:
+def changes(outcome: Outcome, *, offloaded: bool = False) -> bool:
     """Whether anything is to be done to the gradients, as far as the host can know without waiting.
 
     On the CPU the flags are simply looked at. On an accelerator that would wait for the device, and a
-    coefficient of exactly 1 changes no bit anyway.
+    coefficient of exactly 1 changes no bit anyway. Unless all gradients are ``offloaded`` to the CPU, where
+    the coefficient has to arrive before they can be multiplied.
     """
     changed = outcome.report.clipped
-    if torch.compiler.is_compiling() or changed.device.type != "cpu":
+    if torch.compiler.is_compiling() or not (changed.is_cpu or offloaded):
         return True
     if outcome.factor is not None:
         changed = changed | (outcome.factor != 1)
@@ -156,7 +157,8 @@ def changes(outcome: Outcome) -> bool:
 
 def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None:
     """Do to the gradients what has been resolved; where that is nothing, no bit of them changes."""
-    if not changes(outcome):
+    devices = {bucket.tensors[0].device.type for bucket in gradients.buckets}
+    if not changes(outcome, offloaded=devices == {"cpu"}):
         return
     coefficient, factor, bound = outcome.coefficient, outcome.factor, outcome.bound
     if factor is not None:

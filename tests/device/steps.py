@@ -28,6 +28,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import distclip
 from distclip import _advice, hooks
+from distclip._apply import change, resolve
+from distclip._gradients import Bucket, Gradients
+from distclip._norms import Norms
+from distclip._slots import Slots
 from distclip._transfer import Transfer
 from distclip.testing._surroundings import waits
 
@@ -247,6 +251,19 @@ def advised() -> Step:
     return step
 
 
+def offloaded(devices: list[str]) -> Step:
+    """The coefficient is on the device, these gradients are where they are."""
+    slots = Slots(("total",), (0,) * len(devices))
+
+    def step(i: int) -> None:
+        buckets = [Bucket([torch.ones(3, device=device)], [i]) for i, device in enumerate(devices)]
+        norms = Norms.from_power_sums(torch.ones(1, dtype=torch.float64, device=DEVICE), 2.0, slots.labels)
+        outcome = resolve(distclip.GlobalNorm(2.0).decide(norms), norms, "skip")
+        change(outcome, Gradients([], buckets, []), slots)
+
+    return step
+
+
 def row(name: str, make: Callable[..., Step], *args: Any, **kwargs: Any) -> None:
     ROWS[name] = lambda: make(*args, **kwargs)
 
@@ -289,6 +306,9 @@ for _strategy in (distclip.GlobalNorm(0.5), distclip.PerParameter(0.5), distclip
     row(f"InBackward, {type(_strategy).__name__}", in_backward, _strategy)
 row("History", recording)
 row("advice", advised)
+row("a rank without gradients", offloaded, [])
+row("control: gradients on the CPU", offloaded, ["cpu"])
+row("control: some on the CPU", offloaded, ["cpu", DEVICE])
 row("control: a value is read", function, lambda net: distclip.total_grad_norm(net).isnan().any().item())
 row("control: a copy to the device", function, lambda net: torch.tensor([1.0, 2.0], device=DEVICE))
 row("control: devices mixed", function, lambda net: net[0].weight.grad.add_(torch.ones(30, 6)))  # type: ignore[operator, union-attr, index]

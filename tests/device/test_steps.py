@@ -26,6 +26,9 @@ def test_no_step_waits_for_the_device() -> None:
     controls = {name: problems.pop(name) for name in list(problems) if name.startswith("control")}
     assert {name: found for name, found in problems.items() if found} == {}
     wrong = {
+        # The coefficient comes to where they are: where that is waited for, it is looked at first.
+        "control: gradients on the CPU": "return bool(changed.item())",
+        "control: some on the CPU": "_to_copy.default in _apply.py",
         "control: a value is read": "_local_scalar_dense",
         "control: a copy to the device": "_to_copy",
         "control: devices mixed": "two devices",

@@ -156,6 +156,16 @@ def test_overlap_under_fsdp2(one_rank: DeviceMesh, offload: bool) -> None:
         assert got == pytest.approx(oracle.norm(map(_whole, model.parameters())), rel=1e-6)
 
 
+def test_offloaded_gradients_are_left_alone_below_the_threshold(one_rank: DeviceMesh) -> None:
+    model = _sharded(one_rank, offload=True)
+    _large_backward(model, 0)
+    clipper = distclip.Clipper(model, distclip.GlobalNorm(1e9))
+    gradients = [p.grad.to_local() for p in model.parameters()]  # type: ignore[union-attr]
+    versions = [gradient._version for gradient in gradients]
+    assert not clipper.clip().clipped.item()
+    assert [gradient._version for gradient in gradients] == versions
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_hooks_under_fsdp2(one_rank: DeviceMesh, offload: bool) -> None:
     """An offloaded gradient may still be on its way when the hook runs."""
