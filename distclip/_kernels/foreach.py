@@ -20,9 +20,11 @@ from torch import Tensor
 _CPU_ROW = 512
 # One that divides the tensor leaves nothing over; a multiple of the vector length is quicker, and a long one.
 _ROW_LENGTHS = sorted(range(257, 513), key=lambda n: (n % 16 > 0, -n))
+# A call for each tensor takes longer than to copy one of up to so many elements beside others of its shape.
+_SMALL = 1 << 16
+_TOGETHER = 1 << 19  # elements: 2 MB, which stay in the cache
 _PIECE = 1 << 20  # elements: 4 MB
 _KEPT = 1 << 28  # elements: 4 MB for the norms of their rows
-_CPU_SMALL = 512  # up to here the plain norm is as good, and one call serves all tensors
 
 
 def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype) -> Tensor:
@@ -45,86 +47,113 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 
 
 def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
-    numels = tuple([t.numel() for t in tensors])
-    if max(numels) <= _CPU_SMALL:
-        return _squared_norms(tensors)
-    if torch.compiler.is_compiling() or sum(numels) > _KEPT:
-        rows = _cut(numels)
-    else:  # the memory that rows are measured into is kept, for each thread its own
-        rows = _rows_of(numels, get_ident())
-    tensors = [t if t.is_contiguous() else _flat(t) for t in tensors]
-    for i, shape, out in rows.large:
-        _row_norms(tensors[i].as_strided(shape, (shape[1], 1)), out)
+    if torch.compiler.is_compiling():
+        return torch.stack([t.double().square().sum() for t in tensors])  # one pass, once it is compiled
+    if not all(map(Tensor.is_contiguous, tensors)):
+        tensors = list(map(_flat, tensors))
+    shapes = tuple([t.shape for t in tensors])
+    # The memory that rows are measured into is kept, for each thread its own.
+    kept = sum(map(Tensor.numel, tensors)) <= _KEPT
+    rows = _rows_of(shapes, get_ident()) if kept else _cut(shapes)
+    for block in rows.blocks:
+        _measure(block, [tensors[i] for i in block.members])
     squares = rows.norms.double().square_()
     sums = torch.segment_reduce(squares, "sum", lengths=rows.lengths)
-    if rows.rest:
-        rest = [tensors[i] if not begin else tensors[i].view(-1)[begin:] for i, begin in rows.rest]
-        sums.index_add_(0, rows.owner_of_rest, _squared_norms(rest))
-    return sums
+    return torch.empty_like(sums).index_copy_(0, rows.order, sums)
 
 
-def _squared_norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square_()
+def _measure(block: _Block, tensors: list[Tensor]) -> None:
+    together = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+    numel, length = block.numel, block.length
+    num_rows, rest = divmod(numel, length)
+    if num_rows:
+        shape, strides = (len(tensors), num_rows, length), (numel, length, 1)
+        _norms_into(block.norms[:, :num_rows], together.as_strided(shape, strides))
+    if rest:
+        shape, strides = (len(tensors), 1, rest), (numel, rest, 1)
+        begin = together.storage_offset() + num_rows * length
+        _norms_into(block.norms[:, num_rows:], together.as_strided(shape, strides, begin))
 
 
-def _row_norms(rows: Tensor, out: Tensor) -> None:
-    """The norm of each row, into ``out`` [num_rows] float32."""
+def _norms_into(out: Tensor, rows: Tensor) -> None:
+    """The norm of each row, [tensors, rows, length] -> [tensors, rows]."""
     if rows.dtype == torch.float32:
-        torch.linalg.vector_norm(rows, 2, 1, out=out)
+        torch.linalg.vector_norm(rows, 2, -1, out=out)
         return
     # torch's norm that reads 16 bits and adds in float32 is not vectorised: converting piece by piece, within
     # the cache, takes a third of its time.
-    count = max(1, _PIECE // rows.size(1))
-    for part, norms in zip(torch.split(rows, count), torch.split(out, count), strict=True):
-        torch.linalg.vector_norm(part.float(), 2, 1, out=norms)
+    count = max(1, _PIECE // rows[:, 0].numel())
+    for piece, norms in zip(torch.split(rows, count, 1), torch.split(out, count, 1), strict=True):
+        torch.linalg.vector_norm(piece.float(), 2, -1, out=norms)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Tensors of one shape that are measured together: each in rows of one length, and what is left over.
+
+    Attributes:
+        members: their positions.
+        numel: elements of each.
+        length: of a row.
+        norms: what their rows are measured into.                  # [members, rows of each] float32
+    """
+
+    members: list[int]
+    numel: int
+    length: int
+    norms: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """How tensors of certain sizes are cut into rows, and the memory for the norms of these.
+    """How tensors of certain shapes are cut into rows, and the memory for the norms of these.
 
     Attributes:
-        large: of each tensor that has rows: its position, [rows, length of a row], and its part of ``norms``.
-        rest: of each tensor with elements outside of them: its position, and where these begin.
-        lengths: rows of each tensor.                                          # [num_tensors] int64
+        blocks: in these all tensors, each once.
+        norms: of the rows of all blocks, in order.                # [rows] float32
+        lengths: rows of each tensor, in the order of the blocks.  # [num_tensors] int64
+        order: the tensors, in the order of the blocks.            # [num_tensors] int64
     """
 
-    large: list[tuple[int, tuple[int, int], Tensor]]
-    norms: Tensor  # [rows of all tensors] float32
+    blocks: list[_Block]
+    norms: Tensor
     lengths: Tensor
-    rest: list[tuple[int, int]]
-    owner_of_rest: Tensor  # [len(rest)] int64
+    order: Tensor
 
 
 @lru_cache(maxsize=16)
-def _rows_of(numels: tuple[int, ...], thread: int) -> _Rows:
-    return _cut(numels)
+def _rows_of(shapes: tuple[torch.Size, ...], thread: int) -> _Rows:
+    return _cut(shapes)
 
 
-def _cut(numels: tuple[int, ...]) -> _Rows:
-    length_of = {numel: _row_length(numel) for numel in set(numels)}
-    shapes: list[tuple[int, int]] = []
-    rest: list[tuple[int, int]] = []
-    for i, numel in enumerate(numels):
-        length = length_of[numel]
-        count = numel // length if numel > _CPU_SMALL else 0
-        shapes.append((count, length))
-        if count * length < numel:
-            rest.append((i, count * length))
-    counts = [count for count, _ in shapes]
-    norms = torch.empty(sum(counts))
-    parts = torch.split(norms, counts) if counts else ()
+def _cut(shapes: tuple[torch.Size, ...]) -> _Rows:
+    alike: dict[torch.Size, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(i)
+    parts: list[tuple[list[int], int, int, int]] = []  # members; elements, length of a row, rows of each
+    for shape, members in alike.items():
+        numel = shape.numel()
+        length = _row_length(numel)
+        count = max(1, _TOGETHER // numel) if numel <= _SMALL else 1
+        for begin in range(0, len(members), count):
+            parts.append((members[begin : begin + count], numel, length, -(-numel // length)))
+    norms = torch.empty(sum(len(members) * num_rows for members, _, _, num_rows in parts))
+    memory = torch.split(norms, [len(members) * num_rows for members, _, _, num_rows in parts])
     return _Rows(
-        [(i, shape, parts[i]) for i, shape in enumerate(shapes) if shape[0]],
+        [
+            _Block(members, numel, length, of_rows.view(len(members), num_rows))
+            for (members, numel, length, num_rows), of_rows in zip(parts, memory, strict=True)
+        ],
         norms,
-        torch.tensor(counts),
-        rest,
-        torch.tensor([i for i, _ in rest], dtype=torch.int64),
+        torch.tensor([num_rows for members, _, _, num_rows in parts for _ in members]),
+        torch.tensor([i for members, *_ in parts for i in members]),
     )
 
 
 def _row_length(numel: int) -> int:
-    return next((n for n in _ROW_LENGTHS if numel % n == 0), _CPU_ROW) if numel > _CPU_SMALL else _CPU_ROW
+    if numel <= _CPU_ROW:
+        return numel
+    return next((n for n in _ROW_LENGTHS if numel % n == 0), _CPU_ROW)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -40,6 +40,21 @@ def test_power_sums_equal_float64(p: float, dtype: torch.dtype) -> None:
     assert measured(tensors, p) == close(tensors, p)
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (16, 32), (48, 48), (1, 1009), (250, 260)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_of_one_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Each by itself, in whatever order they come among others, and however it lies."""
+    others = [torch.randn(n, dtype=dtype) for n in (1, 1009, 70_008)]
+    others[2] = others[2][5:]  # 70,003 is a prime number
+    large = torch.randn(4, *shape, dtype=dtype)
+    alike = [(i + 1) * torch.randn(shape, dtype=dtype) for i in range(40)]
+    columns = torch.randn(*shape, 3, dtype=dtype)
+    tensors = [*alike[:3], others[0], *large, *alike[3:20], others[1], columns[..., 1], *alike[20:]]
+    tensors.append(others[2])
+    assert measured(tensors, 2) == close(tensors, 2)
+    assert measured(tensors[::-1], 2) == measured(tensors, 2)[::-1]  # bit for bit
+
+
 @pytest.mark.parametrize("p", NORM_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_power_sums_of_five_million(p: float, dtype: torch.dtype) -> None:
