@@ -28,12 +28,11 @@ def regroup(power_sums: Tensor, index: Tensor, num_groups: int, norm_type: float
     ``power_sums``: [k] float64; ``index``: [k] int64, the group of each. Adds in the same order every time,
     as CUDA's ``index_add_`` does not: ranks with the same parts get the same bits.
     """
-    if num_groups == 1:
-        sums = power_sums.amax if math.isinf(norm_type) else power_sums.sum
-        return sums(0, keepdim=True)
     groups = power_sums.new_zeros(num_groups)
     if math.isinf(norm_type):
         return groups.scatter_reduce_(0, index, power_sums, "amax")
+    if num_groups == 1:
+        return power_sums.sum(0, keepdim=True)
     return groups.index_put_((index,), power_sums, accumulate=True)
 
 

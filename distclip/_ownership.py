@@ -25,7 +25,7 @@ from distclip import _kernels as kernels
 from distclip._fingerprint import TOLERANCE, WORDS, fingerprints
 from distclip._parameters import NamedParameter, ParameterInfo
 from distclip._placement import Axis, Placement, distinct, whole_shape
-from distclip._scope import Scope, message_device
+from distclip._scope import Scope, first_message_device, message_device
 from distclip.errors import OwnershipError
 
 # The columns of what is compared, and how far ranks may be apart in them.
@@ -101,7 +101,9 @@ def agree(
     tensors = [p.tensor for p in parameters]
     devices = {t.device for t in tensors}
     here = (sharded, not kernels.all_in_triton(devices), any(d.type != "cpu" for d in devices))
-    counts, (sharded, lacking, accelerated) = _agree_on_counts(len(parameters), here, scope, group)
+    counts, (sharded, lacking, accelerated) = _agree_on_counts(
+        len(parameters), here, scope, group, first_message_device(group, tensors)
+    )
     if lacking:
         kernels.forgo_triton(devices)
     device = message_device(group, tensors, accelerated=accelerated)
@@ -201,12 +203,9 @@ def _agree_on_counts(
     here: Sequence[bool],
     scope: Scope,
     group: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> tuple[list[int], list[bool]]:
-    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere.
-
-    On a device that does not depend on what this rank holds.
-    """
-    device = message_device(group, ())
+    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere."""
     message = torch.full((2, scope.num_stages), -math.inf, dtype=torch.float64, device=device)
     message[:, scope.stage] = torch.tensor([count, -count], dtype=torch.float64)
     message = torch.cat([message.flatten(), message.new_tensor(here)])

@@ -221,3 +221,10 @@ def message_device(
     if "cpu" in reachable and not (own is None and accelerated and elsewhere):
         return torch.device("cpu")
     return torch.device(elsewhere[0])
+
+
+def first_message_device(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Where ranks send what they do not know of each other yet: of a kind that does not depend on what this
+    one holds, and there on the GPU that it uses, which need not be torch's current one."""
+    device = message_device(group, ())
+    return next((t.device for t in tensors if t.device.type == device.type), device)

@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip._placement import DECLARED, MANAGED, SUMMED
 from tests import oracle
-from tests.counting import count_host_syncs, refuse_unordered_sums
+from tests.counting import count_host_syncs, unordered_sums
 from tests.harness import on_row
 from tests.layouts import LAYOUTS, Case
 
@@ -129,8 +129,9 @@ def test_strategies_equal_their_dense_result(row: str) -> list[str]:
         want = expected(before)
         clipper = distclip.Clipper(case.parameters, strategy, **case.kwargs)
         assert clipper.plan is not None  # made outside the count
-        with CommDebugMode() as comm, count_host_syncs() as syncs, refuse_unordered_sums():
+        with CommDebugMode() as comm, count_host_syncs() as syncs, unordered_sums() as unordered:
             report = clipper.clip()
+        assert unordered.seen == [], label
         assert comm.get_total_counts() == LAYOUTS[row].collectives, label
         assert syncs.count <= 1, label  # on the CPU one look at whether anything is clipped
         after = case.dense()
@@ -173,9 +174,10 @@ def test_replicas_add_in_the_same_order(
     for parameter in reversed(list(model.parameters())):  # not a run
         parameter.grad = torch.randn(parameter.shape)
     _ = clipper.plan
-    with refuse_unordered_sums():
+    with unordered_sums() as unordered:
         clipper.clip()
         clipper.clip(param_norms=True)
+    assert unordered.seen == []
 
 
 @on_row(LAYOUTS)

@@ -4,6 +4,7 @@ rank; and whose plan is whose."""
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from unittest import mock
@@ -321,6 +322,12 @@ def test_the_message_travels_where_all_ranks_send_it(rank: int) -> None:
     ):
         assert _scope.message_device(both, mine, accelerated=accelerated).type == kind
         assert _scope.message_device(one, mine, accelerated=accelerated).type == "cpu"
+        assert _scope.first_message_device(both, mine).type == "cpu"
+    with FakeTensorMode():
+        on_second = torch.empty(1, device="cuda:1")
+    gpus = dist.new_group(backend="cuda:gloo")
+    assert _scope.first_message_device(gpus, [on_cpu, on_second]) == torch.device("cuda:1")
+    assert _scope.first_message_device(gpus, [on_cpu]).type == "cuda"
 
 
 @on_ranks(4)
@@ -350,6 +357,11 @@ def test_a_rank_with_nothing(rank: int) -> None:
 
 @on_ranks(2)
 def test_nothing_anywhere(rank: int) -> float:
+    for norm_type in (2.0, math.inf):
+        clipper = distclip.Clipper([], distclip.GlobalNorm(1.0, norm_type), process_group=dist.group.WORLD)
+        report = clipper.clip(param_norms=True)
+        assert report.total_norm.item() == 0
+        assert report.param_norms == {}
     return distclip.clip_grad_norm_([], 1.0).item()
 
 
