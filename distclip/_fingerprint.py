@@ -17,6 +17,8 @@ WORDS = _PROJECTIONS + 1  # of a fingerprint: projections of the unit vector, an
 # Copies may have drifted by rounding (kernels with atomics, bf16), while tensors that are really
 # different agree in all four unit projections to 1 % by chance once in 10^8.
 TOLERANCE = 1e-2
+# Up to here they are taken for equal to the last bit (of float32), and nothing is said.
+EXACT = 1e-9
 
 _ZERO_LOG2 = -1100.0  # stands for log2(0); below log2 of the smallest float64
 

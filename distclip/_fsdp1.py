@@ -17,15 +17,28 @@ from torch import Tensor, nn
 from distclip._placement import MANAGED, Axis, Declaration, Home, Stretch
 
 
-def annotate_fsdp1(module: nn.Module) -> None:
-    """Write on every parameter that an FSDP1 instance inside ``module`` manages how it lies over ranks."""
+def annotate_fsdp1(module: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """Write on every parameter that an FSDP1 instance inside ``module`` manages how it lies over ranks.
+
+    Returns:
+        The original parameters, where it keeps them, by the module (its id) and the name there: between a
+        forward pass and its backward the module itself holds views of the gathered ones.
+    """
+    own: dict[tuple[int, str], Tensor] = {}
     if "torch.distributed.fsdp.fully_sharded_data_parallel" not in sys.modules:
-        return
+        return own
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     for child in module.modules():
         if isinstance(child, FSDP) and child._handle is not None:
             _annotate(child)
+            flat = child._handle.flat_param
+            if child._handle._use_orig_params:
+                for (name, holder, _), parameter in zip(flat._param_infos, flat._params or (), strict=True):
+                    own[id(holder), name] = parameter
+                for info, parameter in zip(flat._shared_param_infos, flat._shared_params or (), strict=True):
+                    own[id(info[1]), info[0]] = parameter
+    return own
 
 
 def _annotate(fsdp: Any) -> None:

@@ -36,7 +36,7 @@ class Measurement:
                 "share: give the strategy another norm_type, or judge the loss in a strategy of its own"
             )
         self.slots: Slots | Units = Units.of(plan, tensors) if strategy.per_unit else slots_of(strategy, plan)
-        self._plan, self._strategy, self._tensors = plan, strategy, tensors
+        self._plan, self._strategy = plan, strategy
         self._accumulate = accumulate
         # Copied to the device once, when first asked for:
         self._slot_of_every: Tensor | None = None  # [parameters of all stages] int64
@@ -45,7 +45,7 @@ class Measurement:
         self._meters: dict[bool, Meter] = {}
         self._collectors: dict[bool, Collector] = {}
 
-    def collect(self, param_norms: bool = False) -> Gradients:
+    def collect(self, tensors: Sequence[Tensor], param_norms: bool = False) -> Gradients:
         """The gradients as they are now; adjacent ones that count alike as one tensor."""
         if param_norms not in self._collectors:
             kinds: Sequence[Hashable] = range(len(self._plan.parameters))
@@ -53,30 +53,36 @@ class Measurement:
             if isinstance(self.slots, Slots) and not apart:
                 kinds = list(zip(self.slots.of, self._plan.multiplicities, strict=True))
             self._collectors[param_norms] = Collector(self._plan, kinds)
-        return self._collectors[param_norms](self._tensors)
+        return self._collectors[param_norms](tensors)
 
     def norms(
         self,
+        tensors: Sequence[Tensor],
         gradients: Gradients | None,
         param_norms: bool = False,
         factor: Tensor | None = None,
         loss: Tensor | None = None,
         ready: Tensor | None = None,
+        *,
+        outdated: bool = False,
     ) -> tuple[Norms, Norms | None]:
         """The norms that the strategy wants, and those of the parameters where they are measured as well.
 
         Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
         One all-reduce at most. ``loss``: [] this rank's, or None where it has none. ``ready``: what
-        has been measured already, in place of the gradients.
+        has been measured already, in place of the gradients. ``outdated``: say so to the other ranks.
+
+        Raises:
+            OutdatedPlan: see ``reduce_message``.
         """
         if isinstance(self.slots, Units):
             assert gradients is not None
-            return self._norms_of_units(self.slots, gradients, param_norms)
+            return self._norms_of_units(self.slots, tensors, gradients, param_norms, outdated)
         plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
         meter = self._meter(param_norms or own)
         count = self._strategy.num_extra
         beside = _with_count(loss, plan.device) if self._strategy.uses_loss else None
-        sums, tail = meter.power_sums(gradients, factor, beside, ready)
+        sums, tail = meter.power_sums(gradients, factor, beside, ready, outdated=outdated)
         by_parameter = meter.norms(sums) if param_norms or own else None
         if param_norms and not own:
             if self._slot_of_every is None:
@@ -91,10 +97,10 @@ class Measurement:
         return norms, by_parameter
 
     def _norms_of_units(
-        self, units: Units, gradients: Gradients, param_norms: bool
+        self, units: Units, tensors: Sequence[Tensor], gradients: Gradients, param_norms: bool, outdated: bool
     ) -> tuple[Norms, Norms | None]:
         plan, p = self._plan, self._strategy.norm_type
-        sums, weights = units.power_sums(plan, gradients, self._tensors)
+        sums, weights = units.power_sums(plan, gradients, tensors, outdated=outdated)
         norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
         if not param_norms:
             return norms, None

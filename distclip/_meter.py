@@ -49,6 +49,8 @@ class Meter:
         factor: Tensor | None = None,
         beside: Tensor | None = None,
         ready: Tensor | None = None,
+        *,
+        outdated: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and what has
         travelled with them, float64: the extra sums of the gradients times ``factor``, then the sums over
@@ -79,7 +81,7 @@ class Meter:
         if beside is not None:
             parts.append(beside)
         message = torch.cat(parts) if len(parts) > 1 else message
-        message = reduce_message(message, p, plan.group_name)
+        message = reduce_message(message, p, plan.group_name, outdated=outdated)
         return message[: self.slots.size], message[self.slots.size :]
 
     def norms(self, power_sums: Tensor) -> Norms:

@@ -6,14 +6,16 @@ of the gradients where there are any (experts copied from one dense layer, or sh
 have equal values but unequal gradients; so have replicas whose gradients were never synchronised). Equal
 wherever copies should be: good. Anything else is an :class:`OwnershipError` on every rank.
 
-A few all-reduces per plan, of a few words per parameter; nothing is gathered.
+A few all-reduces per plan, of a few words per parameter; nothing is gathered. Gradients are compared again at
+later steps, since those of the first may have been missing or not finite, and synchronisation may stop.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,11 +24,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from distclip import _kernels as kernels
-from distclip._fingerprint import TOLERANCE, WORDS, fingerprints
+from distclip._agreement import agree_on_settings
+from distclip._arrival import meet
+from distclip._fingerprint import EXACT, TOLERANCE, WORDS, fingerprints
 from distclip._parameters import NamedParameter, ParameterInfo
 from distclip._placement import Axis, Placement, distinct, whole_shape
 from distclip._scope import Scope, first_message_device, message_device
 from distclip.errors import OwnershipError
+
+logger = logging.getLogger("distclip")
 
 # The columns of what is compared, and how far ranks may be apart in them.
 _COLUMNS = (
@@ -61,6 +67,8 @@ class Agreement:
             gradient is missing has to join its sum all the same.
         sharded: whether any parameter on any rank is sharded within its stage.
         accelerated: whether any rank has parameters on an accelerator, as far as that was asked.
+        comparable: by parameter index, those whose gradients are compared between ranks; () where that is so
+            on every rank, and None where some other rank has any.
     """
 
     every: tuple[ParameterInfo, ...]
@@ -69,6 +77,7 @@ class Agreement:
     partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
     sharded: bool = False
     accelerated: bool = False
+    comparable: tuple[int, ...] | None = ()
 
 
 def agree(
@@ -76,15 +85,17 @@ def agree(
     infos: Sequence[ParameterInfo],
     placements: Sequence[Placement],
     scope: Scope,
+    settings: Mapping[str, str],
+    complaint: str | None = None,
 ) -> Agreement:
-    """Check on every rank together that the parameters mean the same thing everywhere.
+    """Check on every rank together that the parameters mean the same thing everywhere, and the settings are one.
 
-    Communicates only where there is something to ask: several stages, no parameter at all here, a plain or
-    declared one, a DTensor whose mesh does not cover the scope, or one that is replicated along some axis
+    One message of a fixed size; more where there is something to ask: several stages, a plain or declared
+    parameter, a DTensor whose mesh does not cover the scope, or one that is replicated along some axis
     (whose gradient may be partial).
 
     Raises:
-        OwnershipError: on every rank in scope alike.
+        SettingsError, OwnershipError: on every rank in scope alike.
     """
     names = tuple(p.name for p in parameters)
     different = distinct(placements)
@@ -92,24 +103,39 @@ def agree(
     doubtful = {id(p) for p in different if p.home is None or len(p.home.ranks) < scope.stage_size}
     unproven = [i for i, p in enumerate(placements) if id(p) in doubtful]
     replicated = any(t.is_replicate() for p in different for t in p.torch_placements)
-    # An empty list proves nothing either: the ranks that hold something are already asking.
-    asks = unproven or replicated or scope.stages or not parameters
-    if scope.size == 1 or not asks:
+    if scope.size == 1:
         return Agreement(tuple(infos), tuple(range(len(infos))), sharded=sharded)
 
     group = scope.group()
+    assert group is not None
+    meet(group, names)
     tensors = [p.tensor for p in parameters]
     devices = {t.device for t in tensors}
-    here = (sharded, not kernels.all_in_triton(devices), any(d.type != "cpu" for d in devices))
-    counts, (sharded, lacking, accelerated) = _agree_on_counts(
-        len(parameters), here, scope, group, first_message_device(group, tensors)
+    here = (
+        sharded,
+        not kernels.all_in_triton(devices),
+        any(d.type != "cpu" for d in devices),
+        bool(unproven or replicated or scope.stages),
+        any(placements[i].home is None for i in unproven),
     )
+    listed = agree_on_settings(
+        settings, infos, placements, here, complaint, scope, first_message_device(group, tensors)
+    )
+    counts, (sharded, lacking, accelerated, asks, compares) = listed.counts, listed.anywhere
     if lacking:
         kernels.forgo_triton(devices)
+    compared = tuple(i for i in unproven if placements[i].home is None)
+    comparable = (compared or None) if compares else ()
     device = message_device(group, tensors, accelerated=accelerated)
     offset, total = sum(counts[: scope.stage]), sum(counts)
-    if total == 0:
-        return Agreement((), (), accelerated=accelerated)
+    if total == 0 or not asks:
+        return Agreement(
+            tuple(infos),
+            tuple(range(len(infos))),
+            sharded=sharded,
+            accelerated=accelerated,
+            comparable=comparable,
+        )
 
     words = torch.cat(
         [
@@ -134,6 +160,13 @@ def agree(
     code, group_of, units_of = extra.unbind(dim=1)
 
     fault = _first_fault(high, high + low) or _tie_fault(high)
+    if fault is None:
+        _say_how_far_apart(
+            (high + low)[:, 3:],
+            lambda row: (
+                repr(names[row - offset]) if offset <= row < offset + len(names) else "one of another stage"
+            ),
+        )
     names = names if scope.stages is None else _all_names(names, offset, total, group, device)
     if fault is not None:
         what, differing = fault
@@ -160,21 +193,39 @@ def agree(
         {i: _decode(int(c)) for i, c in enumerate(code[rows].tolist()) if c > 0},
         sharded,
         accelerated,
+        comparable,
     )
+
+
+def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str]) -> None:
+    """One log line where copies differ by rounding: training goes on, but somebody should look."""
+    apart = spread.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if apart.numel() and float(apart.amax()) > EXACT and dist.get_rank() == 0:
+        row = int(apart.amax(dim=1).argmax())
+        logger.warning(
+            "copies of parameter %s on different ranks are not equal to the last bit: they, or their gradients, "
+            "differ by about %.1g (relative). So little is taken for rounding. If it grows, look for what ranks "
+            "compute in another order, and for gradients that nobody synchronises.", name_of(row), float(apart[row].amax()),
+        )  # fmt: skip
 
 
 def require_equal_gradients(
     names: Sequence[str],
     tensors: Sequence[Tensor],
     placements: Sequence[Placement],
+    compared: Sequence[int],
     rows: Sequence[int],
     scope: Scope,
     device: torch.device,
+    *,
+    testify: bool = True,
 ) -> None:
-    """Compare the gradients of plain replicas between ranks, as they are now.
+    """Compare the gradients of plain copies between ranks, as they are now.
+
+    One all-reduce, and one for each axis that compared parameters are declared sharded over.
 
     ``names``: of the parameters of all stages; ``rows``: where these stand among them;
-    ``device``: the plan's.
+    ``compared``: by parameter index; ``device``: the plan's; ``testify``: False only joins.
 
     Raises:
         OwnershipError: on every rank in scope alike.
@@ -183,45 +234,24 @@ def require_equal_gradients(
     if group is None:
         return
     parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
-    unproven = [i for i, p in enumerate(placements) if p.home is None and not p.shards]
-    prints = _fingerprints(parameters, placements, unproven, _settled_gradient, device)
+    prints = _fingerprints(parameters, placements, compared if testify else (), _settled_gradient, device)
+    words = torch.cat([torch.zeros(len(parameters), 3, dtype=torch.float64, device=device), prints], dim=1)
+    _join_shards(words, placements, compared)
+    prints = words[:, 3:]
     message = torch.full((2 * WORDS, len(names)), -math.inf, dtype=torch.float64, device=device)
     message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
     spread = (message[:WORDS] + message[WORDS:]).cpu()
     differing = (spread > TOLERANCE).any(dim=0).nonzero().flatten().tolist()
     if differing:
+        more = f" ({len(differing)} parameters are affected)" if len(differing) > 1 else ""
         raise OwnershipError(
-            f"the gradient of parameter {names[differing[0]]!r} differs between ranks that hold copies of "
-            "it: it has not been synchronised. The last forward pass of DDP ran in no_sync(): synchronise "
-            "in the last micro-batch (clipper.accumulate does), then clip."
+            f"the gradient of parameter {names[differing[0]]!r} differs between ranks that should hold copies of "
+            f"it{more}. If these are replicas, it has not been synchronised: synchronise in the last micro-batch "
+            "(clipper.accumulate does), after no_sync() and set_requires_gradient_sync(False), then clip. "
+            f"Otherwise they are no replicas. {_REMEDIES}"
         )
-
-
-def _agree_on_counts(
-    count: int,
-    here: Sequence[bool],
-    scope: Scope,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> tuple[list[int], list[bool]]:
-    """The number of parameters of each stage, and whether what may be so ``here`` is so anywhere."""
-    message = torch.full((2, scope.num_stages), -math.inf, dtype=torch.float64, device=device)
-    message[:, scope.stage] = torch.tensor([count, -count], dtype=torch.float64)
-    message = torch.cat([message.flatten(), message.new_tensor(here)])
-    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    found = message.tolist()
-    counts, anywhere = found[: -len(here)], found[-len(here) :]
-    most, least = counts[: scope.num_stages], [-c for c in counts[scope.num_stages :]]
-    for stage, (high, low) in enumerate(zip(most, least, strict=True)):
-        if high != low:
-            where = f" of stage {stage}" if scope.stages else ""
-            raise OwnershipError(
-                f"ranks{where} pass different numbers of parameters: {low:.0f} on some, {high:.0f} on "
-                f"others, {count} on rank {dist.get_rank()}. Pass all parameters on every rank (a missing "
-                f"gradient counts as zero, so do not filter by `p.grad is not None`). {_REMEDIES}"
-            )
-    return [int(c) for c in most], list(map(bool, anywhere))
+    _say_how_far_apart(spread.T, lambda row: repr(names[row]))
 
 
 def _facts(

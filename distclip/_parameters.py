@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from itertools import repeat
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +68,10 @@ def bare_tensors(parameters: Parameters) -> list[Tensor]:
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, nn.Module):
-        return list(parameters.parameters())
+        found: list[Tensor] = list(parameters.parameters())
+        if all(map(isinstance, found, repeat(nn.Parameter))):  # FSDP1 may show views in their place
+            return found
+        return [p.tensor for p in _walk(parameters)]
     if isinstance(parameters, list | tuple) and all(isinstance(p, Tensor) for p in parameters):
         return list(parameters)
     return [p.tensor for p in _walk(parameters)]
@@ -87,21 +92,23 @@ def named_parameters(parameters: Parameters) -> list[NamedParameter]:
 
 
 def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
+    given = _GivenNames()
     if isinstance(parameters, Tensor):
         yield NamedParameter("parameter", parameters)
     elif isinstance(parameters, nn.Module):
-        yield from _walk_module("", parameters)
+        yield from walk_modules([parameters])
     elif isinstance(parameters, torch.optim.Optimizer):
         for g, group in enumerate(parameters.param_groups):
             names = group.get("param_names")
             for i, tensor in enumerate(group["params"]):
-                yield NamedParameter(names[i] if names else f"param_groups[{g}][{i}]", tensor, g)
+                name = given(names[i], tensor) if names else f"param_groups[{g}][{i}]"
+                yield NamedParameter(name, tensor, g)
     elif isinstance(parameters, Iterable) and not isinstance(parameters, str | bytes | dict):
         for i, item in enumerate(parameters):
             if isinstance(item, nn.Module):
                 yield from _walk_module(f"modules[{i}].", item)
             elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-                yield NamedParameter(item[0], item[1])
+                yield NamedParameter(given(item[0], item[1]), item[1])
             else:
                 yield NamedParameter(f"parameters[{i}]", item)
     else:
@@ -111,10 +118,83 @@ def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
         )
 
 
+def walk_modules(modules: Sequence[nn.Module]) -> Iterator[NamedParameter]:
+    """The parameters of modules, named as they are in the user's own: one module, or several."""
+    if len(modules) == 1:
+        yield from _walk_module("", modules[0])
+        return
+    for i, module in enumerate(modules):
+        yield from _walk_module(f"modules[{i}].", module)
+
+
+# Attributes under which wrappers keep the user's module: FSDP1, torch.compile, activation checkpointing.
+_WRAPPED = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def _hides(module: nn.Module, child: str) -> bool:
+    """Whether the name of this child is a wrapper's, and no part of the names in the user's module."""
+    if child == "module":
+        return isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return child in _WRAPPED
+
+
+def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``module`` and those inside it, each once, in the order of :meth:`torch.nn.Module.named_modules`: the
+    prefix of what each holds, without that of any wrapper."""
+    seen: set[int] = set()
+    waiting = [(prefix, module)]
+    while waiting:
+        path, current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield path, current
+        children = [
+            (path if _hides(current, name) else f"{path}{name}.", child)
+            for name, child in current._modules.items()
+            if child is not None
+        ]
+        waiting.extend(reversed(children))
+
+
 def _walk_module(prefix: str, module: nn.Module) -> Iterator[NamedParameter]:
-    annotate_fsdp1(module)
-    for name, tensor in module.named_parameters():
-        yield NamedParameter(prefix + name.replace("_fsdp_wrapped_module.", ""), tensor)
+    own = annotate_fsdp1(module)
+    seen: set[int] = set()
+    for path, current in named_modules(module, prefix):
+        held: dict[str, Any] = current._parameters
+        if own:  # FSDP1 may have put views in their place: between a forward pass and its backward
+            held = held | {n: p for n in held if (p := own.get((id(current), n))) is not None}
+        for name, tensor in held.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield NamedParameter(path + name, tensor)
+
+
+class _GivenNames:
+    """Names that the program has read itself, from ``named_parameters()`` of a wrapped module say."""
+
+    def __init__(self) -> None:
+        self._under_ddp: dict[int, str] | None = None  # by parameter, its name in what DDP wraps
+
+    def __call__(self, name: str, tensor: Tensor) -> str:
+        parts = name.split(".")
+        if "module" in parts:  # DDP's, or a user's own attribute: the DDP modules that there are tell
+            if self._under_ddp is None:
+                self._under_ddp = {
+                    id(p): own for ddp in ddp_modules() for own, p in ddp.module.named_parameters()
+                }
+            own = self._under_ddp.get(id(tensor))
+            if own is not None and f".{name}".endswith(f".module.{own}"):
+                parts = f"{name.removesuffix(f'module.{own}')}{own}".split(".")
+        return ".".join(part for part in parts if part not in _WRAPPED)
+
+
+def ddp_modules() -> list[nn.parallel.DistributedDataParallel]:
+    """All that there are in this process, found by the garbage collector, as parameters do not know theirs."""
+    ddp = nn.parallel.DistributedDataParallel
+    everything = gc.get_objects()
+    kinds = tuple(kind for kind in set(map(type, everything)) if issubclass(kind, ddp))
+    return [o for o in everything if type(o) in kinds] if kinds else []
 
 
 def _require_parameter(parameter: NamedParameter) -> None:

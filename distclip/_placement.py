@@ -8,13 +8,15 @@ over, each element is held by ``R / Π|shard axis|`` ranks (its multiplicity).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -24,12 +26,13 @@ from torch.distributed.tensor import DTensor
 class Axis:
     """A mesh axis or a process group, as seen from this rank.
 
-    Holds the group by name, so that a plan never keeps a process group from being destroyed.
+    Does not keep the group from being destroyed; and one that is made later under the same name is another.
     """
 
     name: str
     size: int
     group_name: str
+    _group: weakref.ref[dist.ProcessGroup] = field(compare=False, repr=False)
 
     @staticmethod
     def along(given: dist.ProcessGroup | DeviceMesh, argument: str) -> Axis:
@@ -50,16 +53,28 @@ class Axis:
             raise ValueError(
                 f"{argument} spans ranks {_short(ranks)}, of which rank {dist.get_rank()} is none"
             )
-        return Axis(f"ranks {_short(ranks)}", len(ranks), given.group_name)
+        return Axis(f"ranks {_short(ranks)}", len(ranks), given.group_name, weakref.ref(given))
 
     @staticmethod
     def of_mesh(mesh: DeviceMesh, axis: int) -> Axis:
         name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else f"axis {axis}"
-        return Axis(name, mesh.size(axis), mesh.get_group(axis).group_name)
+        group = mesh.get_group(axis)
+        return Axis(name, mesh.size(axis), group.group_name, weakref.ref(group))
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return resolve_group(self.group_name)
+        """
+        Raises:
+            ValueError: it has been destroyed.
+        """
+        group = self._group()
+        if group is None or group not in c10d._world.pg_map:
+            raise ValueError(
+                f"the process group of {self.name} (named {self.group_name!r}) has been destroyed since it was "
+                "passed: declare(), and stages= or process_group= of a new Clipper, with one of those that "
+                "there are now"
+            )
+        return group
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -98,6 +113,7 @@ class Placement:
         partial: axes along which the gradient of a plain parameter has yet to be summed.
         tied: the axis along which other pipeline stages hold a copy, or None.
         local: no other rank holds any part of it.
+        within: the ranks that the DDP module of a plain parameter averages over.
     """
 
     shards: tuple[Axis, ...]
@@ -108,6 +124,7 @@ class Placement:
     partial: tuple[Axis, ...] = ()
     tied: Axis | None = None
     local: bool = False
+    within: Home | None = None
 
     @cached_property
     def num_shards(self) -> int:
@@ -170,34 +187,47 @@ class Declaration:
     partial: tuple[Axis, ...] = ()
     tied: Axis | None = None
     local: bool = False
+    number: int = 0  # in the order of declaring
     shape: tuple[int, ...] | None = None  # of the whole parameter, where the tensor's own tells less
     units: int | None = None  # rows of the whole, likewise (a flat parameter has those of several)
     stretches: tuple[Stretch, ...] | None = None
 
 
-# Attributes of a tensor that hold a Declaration.
-DECLARED = "_distclip_declared"
+# Attribute of a tensor that holds a Declaration, made by who manages it.
 MANAGED = "_distclip_managed"
 # Attribute that holds the gradient whose declared sum has been taken.
 SUMMED = "_distclip_summed"
 
 
 class PlacementReader:
-    """Reads placements; each distinct (mesh, placements) is worked out once, however many parameters."""
+    """Reads placements; each distinct (mesh, placements) is worked out once, however many parameters.
 
-    def __init__(self) -> None:
+    Args:
+        declared: by the id of the parameter.
+        averaged: by the id of the parameter, the group of the DDP module that it is in.
+    """
+
+    def __init__(
+        self, declared: Mapping[int, Declaration] | None = None, averaged: Mapping[int, Axis] | None = None
+    ) -> None:
+        self._declared, self._averaged = declared or {}, averaged or {}
         self._known: dict[tuple[int, tuple[Any, ...]], Placement] = {}
+        self._under_ddp: dict[str, Placement] = {}
 
     def __call__(self, name: str, parameter: Tensor) -> Placement:
         if isinstance(parameter, DTensor):
             base = self._of_dtensor(name, parameter)
+        elif (managed := getattr(parameter, MANAGED, None)) is not None:
+            base = Placement(managed.shards, managed.home, managed.label)
+        elif (axis := self._averaged.get(id(parameter))) is not None:
+            if axis.group_name not in self._under_ddp:
+                home = Home(tuple(sorted(axis.ranks)), axis.group_name)
+                self._under_ddp[axis.group_name] = Placement((), None, "plain", within=home)
+            base = self._under_ddp[axis.group_name]
         else:
             base = _PLAIN
-            if (managed := getattr(parameter, MANAGED, None)) is not None:
-                base = Placement(managed.shards, managed.home, managed.label)
-        if (declared := getattr(parameter, DECLARED, None)) is not None:
-            return _with_declaration(name, base, declared)
-        return base
+        declared = self._declared.get(id(parameter))
+        return base if declared is None else _with_declaration(name, base, declared)
 
     def _of_dtensor(self, name: str, parameter: DTensor) -> Placement:
         spec = parameter._spec
@@ -234,15 +264,23 @@ def _with_declaration(name: str, base: Placement, declared: Declaration) -> Plac
             f"{name} is declared sharded over {twice[0]}, over which it is placed {base.label} already: "
             "declare only what the tensor does not say"
         )
+    if declared.partial and base.mesh is not None:
+        raise ValueError(
+            f"{name} is declared partial_over=, and has become a DTensor ({base.label}), whose gradient says "
+            "itself where it is partial: declare it anew without partial_over="
+        )
+    for axis in (*declared.shards, *declared.partial, *([declared.tied] if declared.tied else ())):
+        _ = axis.group  # raises, where it has been destroyed
     return Placement(
         shards=base.shards + tuple(axis for axis in declared.shards if axis.size > 1),
         home=base.home,
-        label=declared.label if base is _PLAIN else f"{base.label}; {declared.label}",
+        label=declared.label if base.label == "plain" else f"{base.label}; {declared.label}",
         mesh=base.mesh,
         torch_placements=base.torch_placements,
         partial=tuple(axis for axis in declared.partial if axis.size > 1),
         tied=declared.tied,
         local=declared.local,
+        within=None if declared.shards or declared.partial or declared.tied else base.within,
     )
 
 

@@ -6,8 +6,9 @@ Built once, from the parameters. Building it may communicate (see ``_ownership``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _ownership
+from distclip._declarations import Declared
 from distclip._ownership import agree
 from distclip._parameters import NamedParameter, ParameterInfo
-from distclip._placement import Placement, PlacementReader, distinct, resolve_group
+from distclip._placement import Axis, Placement, PlacementReader, distinct, resolve_group
 from distclip._scope import Scope, find_scope, message_device
 
 
@@ -41,6 +43,9 @@ class Plan:
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
         frozen: positions of the parameters that did not require a gradient when the plan was made.
+        first_device_type: of the first parameter.
+        compared: by parameter index, those whose gradients ranks compare now and then; None where only other
+            ranks have some, and this one joins.
     """
 
     parameters: tuple[ParameterInfo, ...]
@@ -54,7 +59,8 @@ class Plan:
     group_name: str | None
     device: torch.device
     frozen: tuple[int, ...]
-    first_device_type: str  # of the first parameter
+    first_device_type: str
+    compared: tuple[int, ...] | None = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,12 +71,6 @@ class Plan:
     def group(self) -> dist.ProcessGroup | None:
         return None if self.group_name is None else resolve_group(self.group_name)
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the plan still fits the list it was made for: nothing frozen has begun to train, and the
-        model has not moved to another kind of device."""
-        moved = self.positions and tensors[self.positions[0]].device.type != self.first_device_type
-        return not moved and not any(tensors[i].requires_grad for i in self.frozen)
-
 
 def build_plan(
     named: Sequence[NamedParameter],
@@ -79,30 +79,45 @@ def build_plan(
     *,
     alone: bool = False,
     everyone: bool = False,
+    averaged: Mapping[int, Axis] | None = None,
+    settings: Mapping[str, str] | None = None,
+    complaint: Exception | None = None,
 ) -> Plan:
     """Plan the clipping of a list of parameters. To be called by every rank in scope, or by none.
 
     ``alone`` plans what needs no other rank, and does not talk: elementwise changes. ``everyone`` reduces
     over the whole scope, replicas too: for what differs between ranks that hold the same parameters.
+    ``averaged``: by the id of a parameter, the group of its DDP module. ``settings``: what is to be the same on
+    all ranks. ``complaint``: what has been found wrong on this rank, to be raised on all.
 
     Raises:
-        OwnershipError: on every rank, see ``_ownership``.
+        OwnershipError, SettingsError: on every rank, see ``_ownership``.
         ValueError: see ``find_scope``.
     """
     positions: dict[int, int] = {}  # by identity: the same parameter twice is one
     for position, p in enumerate(named):
         positions.setdefault(id(p.tensor), position)
     trains = [i for i in positions.values() if _trains(named[i].tensor)]
-    read = PlacementReader()
     parameters = [named[i] for i in trains]
-    placements = [read(p.name, p.tensor) for p in parameters]
+    placements: list[Placement] = []
+    infos: list[ParameterInfo] = []
+    homes: list[Placement] = []  # of those that do not train, where nothing does
+    try:
+        read = PlacementReader(Declared(named).of, averaged)
+        for p in parameters:
+            placements.append(read(p.name, p.tensor))
+        infos = [p.info for p in parameters]
+        homes = placements or [read(p.name, p.tensor) for p in named]
+    except (ValueError, TypeError) as error:  # the others would wait
+        complaint = complaint or error
+        homes = placements
+    scope = Scope((0,)) if alone else find_scope(homes, process_group, stages)
+    if complaint is not None:
+        if scope.size > 1:
+            agree([], [], [], scope, settings or {}, f"{type(complaint).__name__}: {complaint}")
+        raise complaint
     tensors = [p.tensor for p in parameters]
-    if alone:
-        scope = Scope((0,))
-    else:
-        scope = find_scope(placements or [read(p.name, p.tensor) for p in named], process_group, stages)
-    infos = [p.info for p in parameters]
-    agreed = agree(parameters, infos, placements, scope)
+    agreed = agree(parameters, infos, placements, scope, settings or {})
     if everyone and scope.size > 1:
         group, size = scope.group(), scope.size
     else:
@@ -116,25 +131,49 @@ def build_plan(
             for i, p in enumerate(placements)
         ),
         partial=agreed.partial,
-        every=agreed.every,
+        every=_told_apart(agreed.every),
         rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,
         device=message_device(group, tensors, accelerated=agreed.accelerated),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
         first_device_type=tensors[0].device.type if tensors else "cpu",
+        compared=agreed.comparable,
     )
 
 
-def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor]) -> None:
-    """Compare the gradients of plain replicas between ranks, as they are now. One all-reduce.
+def _told_apart(infos: Iterable[ParameterInfo]) -> tuple[ParameterInfo, ...]:
+    """Two models, or pipeline stages, may use the same names: the second to come is ``name#2``."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for info in infos:
+        seen[info.name] += 1
+        count = seen[info.name]
+        apart.append(info if count == 1 else replace(info, name=f"{info.name}#{count}"))
+    return tuple(apart)
+
+
+def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor], *, testify: bool = True) -> None:
+    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce (and one for each
+    axis that such are declared sharded over); none where no rank has any.
+
+    ``testify``: False only joins the others.
 
     Raises:
         OwnershipError: on every rank in scope alike.
     """
+    if plan.compared == ():
+        return
     parameters = [tensors[i] for i in plan.positions]
     _ownership.require_equal_gradients(
-        plan.names, parameters, plan.placements, plan.rows, plan.scope, plan.device
+        plan.names,
+        parameters,
+        plan.placements,
+        plan.compared or (),
+        plan.rows,
+        plan.scope,
+        plan.device,
+        testify=testify,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,22 +16,69 @@ from torch.distributed.tensor import DTensor
 
 from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
+from distclip._transfer import on_device
 
 
-def reduce_message(message: Tensor, norm_type: float, group_name: str | None) -> Tensor:
-    """Every rank's contributions, [num_slots] float64, joined in place: a sum, or for p = ∞ a maximum."""
-    if math.isinf(norm_type):
+class OutdatedPlan(Exception):
+    """Some ranks have said, in the step's message, that their parameters have changed.
+
+    Attributes:
+        everyone: all have, so that they can plan anew together.
+    """
+
+    def __init__(self, *, everyone: bool) -> None:
+        super().__init__("the plan is out of date")
+        self.everyone = everyone
+
+
+def reduce_message(
+    message: Tensor, norm_type: float, group_name: str | None, *, outdated: bool | None = None
+) -> Tensor:
+    """Every rank's contributions, float64 of any shape, joined: a sum, or for p = ∞ a maximum.
+
+    ``outdated``: where ranks tell each other in two numbers beside, whether this one's plan is out of date. Its
+    contribution then makes every norm NaN (or ∞), so that no other takes what is left for the whole.
+
+    Raises:
+        OutdatedPlan: ``outdated`` on this rank, or on any where the message is on the CPU, which is read for it.
+    """
+    largest = math.isinf(norm_type)
+    if largest:
         # A maximum may lose a NaN on the way; an infinity is as good a witness.
         message.nan_to_num_(nan=math.inf, posinf=math.inf)
     if group_name is None:
         return message
-    largest = math.isinf(norm_type)
+    shape = message.shape
+    if outdated is not None:
+        if outdated:
+            message = torch.full_like(message, math.inf if largest else math.nan)
+        message = torch.cat([message.flatten(), _news(outdated, message)])
     if torch.compiler.is_compiling():  # which knows groups by name only
-        reduced: Tensor = funcol.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
-        return reduced
-    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-    dist.all_reduce(message, op=operation, group=resolve_group(group_name))
+        message = funcol.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
+    else:
+        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        dist.all_reduce(message, op=operation, group=resolve_group(group_name))
+    if outdated is None:
+        return message
+    news, message = message[-2:], message[:-2].view(shape)
+    if outdated or (news.is_cpu and not torch.compiler.is_compiling()):
+        ranks_outdated, ranks_current = news.tolist()
+        if ranks_outdated:
+            raise OutdatedPlan(everyone=not ranks_current)
     return message
+
+
+def _news(outdated: bool, like: Tensor) -> Tensor:
+    """[2]: outdated, current."""
+    if torch.compiler.is_compiling():
+        return torch.stack([like.new_zeros(()), like.new_ones(())])
+    return _kept_news(outdated, like.device)
+
+
+@lru_cache(maxsize=64)
+def _kept_news(outdated: bool, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return on_device([float(outdated), float(not outdated)], torch.float64, device)
 
 
 def settle_gradients(plan: Plan, parameters: Sequence[Tensor]) -> None:

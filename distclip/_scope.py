@@ -84,7 +84,10 @@ def find_scope(
                 "common; clip them in two calls"
             )
         return Scope((dist.get_rank(),))
-    homes = _distinct([p.home for p in placements if p.home is not None])
+    homes = _distinct([home for p in placements if (home := p.home or p.within) is not None])
+    if any(p.shards or p.partial or p.tied for p in placements if p.mesh is None and p.home is None):
+        # Declared over a group of their own: DDP's is only the one that copies are averaged over.
+        homes = [home for home in homes if home not in {p.within for p in placements}]
     if any(home.mesh is not None and home.mesh.get_coordinate() is None for home in homes):
         return Scope((dist.get_rank(),))  # not a member of the mesh: holds nothing, waits for nobody
     if stages is None:

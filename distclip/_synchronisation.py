@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from distclip._parameters import ddp_modules
+from distclip._placement import MANAGED, Axis
 
 
 def wrappers(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -43,17 +49,52 @@ def is_fsdp2(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-class Synchronisation:
-    """The wrappers of some modules, found once."""
+class _Weak:
+    """Of some objects those that still live."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._wrappers = wrappers(modules)
-        self._groups = [g for m in self._wrappers if is_fsdp2(m) for g in _fsdp2_groups(m)]
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._references = list(map(weakref.ref, items))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (item for item in (reference() for reference in self._references) if item is not None)
+
+
+class Synchronisation:
+    """What synchronises the gradients of some parameters, found once.
+
+    Args:
+        modules: those that are known.
+        tensors: the parameters. Where these are lists, or what a wrapper wraps, the wrapper is found all the
+            same: DDP by the garbage collector (tens of milliseconds, only where ranks hold plain parameters that
+            no known module synchronises), FSDP2 by torch's own register.
+        keep: whether the modules may be kept alive.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], tensors: Sequence[Tensor] = (), *, keep: bool = True
+    ) -> None:
+        known = wrappers(modules)
+        everyone = [*known, *_others(known, tensors)]
+        held: Callable[[list[Any]], Iterable[Any]] = (lambda items: items) if keep else _Weak
+        groups = [g for m in everyone if is_fsdp2(m) for g in _fsdp2_groups(m)]
+        self._wrappers = held(known)
+        self._ddp = held([m for m in everyone if isinstance(m, DistributedDataParallel)])
+        self._fsdp1 = held([m for m in known if is_fsdp1(m)])
+        self._groups = held(groups)
         # One parameter that trains tells for its whole FSDP2 group.
-        self._witnesses: list[Any] = [
-            next((p for p in group.fsdp_params if p.sharded_param.requires_grad), None)
-            for group in self._groups
+        witnesses = [
+            next((p for p in group.fsdp_params if p.sharded_param.requires_grad), None) for group in groups
         ]
+        self._witnesses = held([p for p in witnesses if p is not None])
+        self._own = {id(t) for t in tensors}
+
+    def averaged(self) -> dict[int, Axis]:
+        """By the id of a parameter that DDP averages, the group that it does so over."""
+        found: dict[int, Axis] = {}
+        for module in self._ddp:
+            axis = Axis.along(module.process_group, "process_group")
+            found |= {id(p): axis for p in module._module_parameters if id(p) in self._own}
+        return found
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -79,20 +120,48 @@ class Synchronisation:
             tensors: the parameters that FSDP1 manages. Without synchronisation it leaves the whole flat
                 gradient on a shard; torch itself never has another shape there.
         """
-        if any(
-            isinstance(m, DistributedDataParallel) and not m.require_forward_param_sync
-            for m in self._wrappers
-        ):
+        if any(not m.require_forward_param_sync for m in self._ddp):
             return "DDP"
-        if any(p is not None and _holds_unsharded_gradient(p) for p in self._witnesses):
+        if any(map(_accumulated, self._witnesses)) or any(map(_holds_unsharded_gradient, self._witnesses)):
             return "FSDP2"
-        if any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
+        if any(map(_partly_reduced, self._groups)):
             return "FSDP2"  # hybrid sharding, after set_requires_all_reduce(False)
         if any(t.grad is not None and t.grad.shape != t.shape for t in tensors):
             return "FSDP1"
-        if any(is_fsdp1(m) and not m._sync_gradients for m in self._wrappers):
+        if any(not m._sync_gradients for m in self._fsdp1):
             return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
+
+
+def _accumulated(parameter: Any) -> bool:
+    return parameter.unsharded_accumulated_grad is not None
+
+
+def _partly_reduced(group: Any) -> bool:
+    return getattr(group, "_partial_reduce_output", None) is not None
+
+
+def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Module]:
+    """Wrappers that are not among the known ones, of these parameters."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    own = {id(t) for t in tensors if t.requires_grad}
+    covered = {id(p) for m in known for p in m.parameters()}
+    found: list[nn.Module] = []
+    sharded = [t for t in tensors if isinstance(t, DTensor) and id(t) not in covered]
+    if sharded and "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed._composable_state import _module_state_mapping
+
+        for module in list(_module_state_mapping):
+            if is_fsdp2(module) and any(id(p) in own for p in module.parameters()):
+                found.append(module)
+    if any(
+        t.requires_grad and id(t) not in covered and not isinstance(t, DTensor) and not hasattr(t, MANAGED)
+        for t in tensors
+    ):
+        mine = (m for m in ddp_modules() if not any(m is k for k in known))
+        found += [m for m in mine if any(id(p) in own for p in m._module_parameters)]
+    return found
 
 
 def _fsdp2_groups(module: nn.Module) -> Iterator[Any]:
@@ -107,7 +176,5 @@ def _fsdp2_groups(module: nn.Module) -> Iterator[Any]:
 
 
 def _holds_unsharded_gradient(parameter: Any) -> bool:
-    if parameter.unsharded_accumulated_grad is not None:
-        return True
     unsharded = getattr(parameter, "_unsharded_param", None)
     return unsharded is not None and unsharded.grad is not None

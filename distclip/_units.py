@@ -56,7 +56,9 @@ class Units:
             ends[-1] if ends else 0, starts, tuple(stretches), tuple(starts[row] for row in plan.rows)
         )
 
-    def power_sums(self, plan: Plan, gradients: Gradients, tensors: Sequence[Tensor]) -> Tensor:
+    def power_sums(
+        self, plan: Plan, gradients: Gradients, tensors: Sequence[Tensor], *, outdated: bool = False
+    ) -> Tensor:
         """[2, num_units] float64, reduced over all ranks: ``Σ g²`` and ``Σ w²`` of each unit."""
         message = torch.zeros(2, self.size, dtype=torch.float64, device=plan.device)
         for bucket in gradients.buckets:
@@ -66,7 +68,7 @@ class Units:
                 for rows, (of_gradient, of_weight) in self._rows(i, gradient, weight):
                     message[0, rows] += _squares(of_gradient).to(plan.device) * share
                     message[1, rows] += _squares(of_weight).to(plan.device) * share
-        return reduce_message(message, 2.0, plan.group_name)
+        return reduce_message(message, 2.0, plan.group_name, outdated=outdated)
 
     def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
         """Multiply each unit by its own coefficient, [num_units] float32."""

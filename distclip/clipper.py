@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,17 +19,15 @@ from distclip._apply import OnNonfinite, Outcome, change, changes, require_polic
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
-from distclip._in_backward import require_gradients_after_backward
 from distclip._loss_scale import LossScale, reciprocal
-from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._optimizer_step import require_covered, require_fused, take_step
-from distclip._overlap import Overlap
-from distclip._parameters import Parameters, freeze_source, named_parameters
-from distclip._placement import MANAGED
-from distclip._plan import Plan, build_plan, require_equal_gradients
+from distclip._parameter_set import ParameterSet
+from distclip._parameters import Parameters, freeze_source
+from distclip._plan import Plan
 from distclip._reduction import local_loss
 from distclip._report import ClipReport
+from distclip._source import witness_of
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
@@ -46,8 +43,7 @@ class Clipper:
         strategy: the algorithm, e.g. ``distclip.GlobalNorm(1.0)``.
         stages: the ranks of one pipeline, each of which holds other parameters: a ProcessGroup or a 1-D
             DeviceMesh. Every rank passes the parameters of its own stage (or stages). Where only some
-            stages unfreeze parameters later, every rank makes a new Clipper then: the other stages cannot
-            see that there is a new plan to agree upon.
+            stages change theirs later, every rank makes a new Clipper then.
         process_group: the ranks that together hold the model, a ProcessGroup or a 1-D DeviceMesh. Needed
             only where the parameters do not tell: by default the mesh that their DTensors live on, else
             the default group.
@@ -69,7 +65,9 @@ class Clipper:
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
 
-    The plan is made at the first clip, by every rank in scope together.
+    The plan is made at the first clip, by every rank in scope together, and anew when the program changes the
+    parameters: replaces, adds, removes or unfreezes some, in the same step on every rank. The strategy's state goes
+    on by the names of parameters. Where only some ranks change theirs, all raise.
 
     Attributes:
         steps: calls of :meth:`step` so far, those that skipped included; saved in ``state_dict()``.
@@ -77,6 +75,7 @@ class Clipper:
     Raises:
         ValueError, TypeError: an argument cannot be meant.
         OwnershipError: from the first clip, on every rank alike: plain parameters differ between ranks.
+        SettingsError: from the first clip, on every rank alike: ranks have other strategies or arguments.
 
     Example:
         >>> clipper = distclip.Clipper(model, distclip.GlobalNorm(1.0))
@@ -110,41 +109,40 @@ class Clipper:
         self.strategy = strategy
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
         self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
-        self._process_group, self._stages = process_group, stages
         self.steps = 0
         self._deferred = apply == "deferred"
-        self._accumulate = accumulate
         self._window = Window()
-        self._watched: Synchronisation | None = None
-        self._suitable: tuple[tuple[int, int], ...] = ()
-        self.tensors: list[Tensor] = []
-        self._managed: list[Tensor] = []  # by FSDP1
-        self._plan: Plan | None = None
-        self._measurement: Measurement | None = None
-        self._overlaps = overlap
-        self._overlap: Overlap | None = None
+        self._suitable: _Suitable | None = None
+        self._parameters = ParameterSet(
+            strategy,
+            stages=stages,
+            process_group=process_group,
+            accumulate=accumulate,
+            overlap=overlap,
+            options={
+                "on_nonfinite": on_nonfinite,
+                "apply": apply,
+                "overlap": overlap,
+                "accumulate": accumulate,
+                "norm_type": strategy.norm_type,
+            },
+        )
         self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
 
     @property
     def plan(self) -> Plan:
-        """The plan, made at first need and again when a frozen parameter begins to train.
+        """The plan, made at first need and again when the program has changed the parameters.
 
         Making it may communicate: every rank in scope reads this, or none.
         """
-        if self._plan is None or not self._plan.fits(self.tensors):
-            named = named_parameters(self._source)
-            self.tensors = [p.tensor for p in named]
-            require_gradients_after_backward(named)
-            self._plan = build_plan(
-                named, self._process_group, self._stages, everyone=self.strategy.uses_loss
-            )
-            self._measurement = Measurement(self._plan, self.strategy, self.tensors, self._accumulate)
-            if self._overlaps:
-                self._gather_in_backward(self._plan)
-            self._managed = [t for t in self.tensors if hasattr(t, MANAGED)]
-            self.strategy.prepare(self._plan.every)
-            self.strategy.to(self._plan.device)
-        return self._plan
+        self._parameters.tensors_of(self._source)
+        assert self._parameters.plan is not None
+        return self._parameters.plan
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters, as the plan has them."""
+        return self._parameters.tensors
 
     @torch.no_grad()
     def clip(self, *, loss: Tensor | None = None, param_norms: bool = False) -> ClipReport:
@@ -167,6 +165,7 @@ class Clipper:
             raise ValueError(
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
+        self.begin(param_norms=param_norms)
         outcome = self.carry_out(None, self.on_nonfinite, loss, param_norms=param_norms)
         self._window.close()
         self.observe(outcome.report)
@@ -208,15 +207,18 @@ class Clipper:
             >>> optimizer.zero_grad()
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        self._window.require_complete()
-        plan = self.plan
-        self._require_suitable(optimizers)
-        loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
+        plan = self.begin(param_norms=param_norms)
+        try:
+            self._require_suitable(optimizers)
+            loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
+        except ValueError:
+            self._parameters.decline(param_norms)
+            raise
         policy = self.on_nonfinite
         if policy == "propagate" and loss_scale.scaler is not None:
             policy = "skip"
-        if self._overlap is not None and scaler is not None and loss_scale.inverse is None:
-            self._overlap.forget()  # they have been unscaled
+        if self._parameters.overlap is not None and scaler is not None and loss_scale.inverse is None:
+            self._parameters.overlap.forget()  # they have been unscaled
         outcome = self.carry_out(loss_scale.inverse, policy, loss, param_norms=param_norms)
         grad_scale = _grad_scale(outcome) if self._deferred else None
         for each in optimizers:
@@ -255,8 +257,20 @@ class Clipper:
         self._window.begin(steps, last)
         with contextlib.ExitStack() as stack:
             if not self._window.last:
-                stack.enter_context(self._synchronisation.off())
+                stack.enter_context(self._synchronisation_of_source.off())
             yield MicroBatch(self._window)
+
+    def begin(self, *, param_norms: bool = False) -> Plan:
+        """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their gradients
+        are synchronised.
+
+        Raises:
+            ValueError, OwnershipError, SettingsError: on every rank.
+        """
+        self._window.require_complete()
+        self._parameters.make_current(self._source, param_norms=param_norms)
+        assert self._parameters.plan is not None
+        return self._parameters.plan
 
     def carry_out(
         self,
@@ -266,70 +280,46 @@ class Clipper:
         *,
         param_norms: bool = False,
     ) -> Outcome:
-        """What :meth:`clip` and :meth:`step` have in common, for an integration that steps by itself:
-        measure, decide, and change the gradients, unless that is deferred. Then :meth:`observe` the report.
+        """What :meth:`clip` and :meth:`step` have in common, for an integration that steps by itself: after
+        :meth:`begin`, measure, decide, and change the gradients, unless that is deferred. Then :meth:`observe` the
+        report.
 
         Args:
             inverse_scale: [] float32, 1 / loss scale where the gradients are still to be multiplied by it.
         """
-        gradients, outcome = self._decide(inverse_scale, policy, loss, param_norms=param_norms)
-        if not self._deferred:
-            self._change(outcome, gradients)
-        return outcome
-
-    def _decide(
-        self,
-        inverse_scale: Tensor | None,
-        policy: OnNonfinite,
-        loss: Tensor | None,
-        *,
-        param_norms: bool,
-    ) -> tuple[Gradients | None, Outcome]:
-        """Everything up to the change: one read of the gradients, one reduction, the strategy, the policy.
-
-        The gradients are None where they had been measured in backward and need not be collected.
-        """
-        self.require_synchronised()
-        plan = self.plan
-        if self.strategy.uses_loss:
-            loss = local_loss(loss, optional=plan.scope.stages is not None)
-        ready = None if self._overlap is None else self._overlap.sums()
-        gradients = self._measured.collect(param_norms) if ready is None else None
-        factor = self._factor(inverse_scale, plan.device)
-        norms, by_parameter = self._measured.norms(gradients, param_norms, factor, loss, ready)
+        parameters = self._parameters
+        plan = parameters.plan
+        assert plan is not None
+        try:
+            if self.strategy.uses_loss:
+                loss = local_loss(loss, optional=plan.scope.stages is not None)
+            factor = self._factor(inverse_scale, plan.device)
+        except ValueError:
+            parameters.decline(param_norms)
+            raise
+        gradients, norms, by_parameter = parameters.measure(parameters.tensors, param_norms, factor, loss)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
         try:
             outcome = resolve(self.strategy.decide(norms), norms, policy, factor)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, self.tensors))}") from None
+            raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, parameters.tensors))}") from None
         if by_parameter is not None:
             report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
             outcome = replace(outcome, report=report)
-        return gradients, outcome
+        if not self._deferred:
+            self._change(outcome, gradients)
+        return outcome
 
     def _change(self, outcome: Outcome, gradients: Gradients | None) -> None:
+        measurement = self._parameters.measurement
+        assert measurement is not None
         if gradients is None:
             if not changes(outcome):
                 return
-            gradients = self._measured.collect()
-        change(outcome, gradients, self._measured.slots)
-
-    def _gather_in_backward(self, plan: Plan) -> None:
-        if plan.partial or any(p.partial for p in plan.placements):
-            return  # these are summed first, after backward
-        if self._overlap is not None:
-            self._overlap.remove()
-            self._overlap = None
-        overlap = Overlap(plan, self.tensors, self._modules(), self.strategy.norm_type, self._accumulate)
-        if overlap.listens:
-            self._overlap = overlap
-            weakref.finalize(self, overlap.remove)
-
-    def _modules(self) -> list[nn.Module]:
-        source = self._source if isinstance(self._source, list) else [self._source]
-        return [m for m in source if isinstance(m, nn.Module)]
+            gradients = measurement.collect(self._parameters.tensors)
+        change(outcome, gradients, measurement.slots)
 
     def observe(self, report: ClipReport) -> None:
         """Take note of a step for the advice that is given once per run."""
@@ -338,13 +328,9 @@ class Clipper:
 
     def measure(self, gradients: Gradients) -> Norms:
         """The norms of gradients that have been collected for this clipper, as its strategy gets them."""
-        _ = self.plan
-        return self._measured.norms(gradients)[0]
-
-    @property
-    def _measured(self) -> Measurement:
-        assert self._measurement is not None  # made with the plan, which the caller has asked for
-        return self._measurement
+        measurement = self._parameters.measurement
+        assert measurement is not None  # made with the plan, which the caller has asked for
+        return measurement.norms(self._parameters.tensors, gradients)[0]
 
     def _factor(self, inverse_scale: Tensor | None, device: torch.device) -> Tensor | None:
         """What the gradients have yet to be multiplied by: 1 / loss scale, and what an incomplete window
@@ -354,43 +340,25 @@ class Clipper:
             return None if missing == 1 else torch.full((), missing, device=device)
         return inverse_scale.to(device) * missing
 
-    def require_synchronised(self) -> None:
-        """
-        Raises:
-            ValueError, OwnershipError: on every rank: the gradients there are now are only this rank's own.
-        """
-        self._window.require_complete()
-        plan = self.plan
-        culprit = self._synchronisation.was_off(self._managed)
-        if culprit == "DDP":
-            require_equal_gradients(plan, self.tensors)
-        elif culprit is not None:
-            raise ValueError(
-                f"the gradients under {culprit} have not been synchronised: the last backward pass ran in "
-                "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
-                "(clipper.accumulate does), then clip."
-            )
-
     def _require_suitable(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Checked when the optimizers, or their number of parameters, are new."""
-        key = tuple((id(o), sum(len(g["params"]) for g in o.param_groups)) for o in optimizers)
-        if key == self._suitable:
+        """Checked when optimizers, or what their groups hold, or the clipper's own parameters are new."""
+        if self._suitable is not None and self._suitable.still(optimizers, self.tensors):
             return
         require_covered(optimizers, self.tensors)
         if self._deferred:
             require_fused(optimizers)
-        self._suitable = key
+        self._suitable = _Suitable(optimizers, self.tensors)
 
-    def watch(self, modules: Sequence[nn.Module]) -> None:
-        """The DDP and FSDP modules that synchronise the gradients, where the parameters do not bring them."""
-        self._watched = Synchronisation(modules)
+    def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
+        """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP modules
+        that synchronise the gradients, where the parameters do not bring them."""
+        self._source = parameters
+        self._parameters.watch(modules)
 
     @property
-    def _synchronisation(self) -> Synchronisation:
-        if self._watched is None:
-            self.watch(self._modules())
-        assert self._watched is not None
-        return self._watched
+    def _synchronisation_of_source(self) -> Synchronisation:
+        """Of backward passes that may come before the first clip."""
+        return self._parameters.synchronisation_of(self._source)
 
     def describe(self) -> Description:
         """A table of the parameters of this rank: where each lies, and how it is counted; ``print`` it.
@@ -454,6 +422,21 @@ class Clipper:
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))
+
+
+class _Suitable:
+    """Optimizers that were found in order, and what their groups held."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> None:
+        self._optimizers, self._tensors = list(map(id, optimizers)), tensors
+        self._witnesses = list(map(witness_of, optimizers))
+
+    def still(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> bool:
+        return (
+            self._tensors is tensors
+            and list(map(id, optimizers)) == self._optimizers
+            and all(w.tensors(o) is not None for w, o in zip(self._witnesses, optimizers, strict=True))
+        )
 
 
 def _grad_scale(outcome: Outcome) -> Tensor:

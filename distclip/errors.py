@@ -5,6 +5,7 @@
     Exception
     └── DistclipError
         ├── OwnershipError   (also a RuntimeError)  which rank holds what could not be established
+        ├── SettingsError    (also a RuntimeError)  ranks are configured differently
         └── NonFiniteError   (also a RuntimeError)  the total gradient norm is NaN or infinite
 
 Wrong arguments are plain :class:`ValueError` / :class:`TypeError`.
@@ -22,6 +23,13 @@ class OwnershipError(DistclipError, RuntimeError):
 
     Raised on every rank in scope, from values that all ranks have reduced together, so that no rank
     waits for another that has already failed.
+    """
+
+
+class SettingsError(DistclipError, RuntimeError):
+    """Ranks that clip together have different strategies, arguments or states.
+
+    Raised on every rank in scope, with both sides quoted, before anything is touched.
     """
 
 

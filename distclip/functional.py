@@ -3,9 +3,10 @@ over ranks in any way."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,16 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _kernels as kernels
 from distclip._apply import OnNonfinite, change, resolve
-from distclip._decision import Scale
-from distclip._gradients import Gradients, collect
-from distclip._in_backward import require_gradients_after_backward
-from distclip._meter import Meter
+from distclip._as_called import AsCalled
+from distclip._gradients import collect
+from distclip._parameter_set import ParameterSet
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import Axis
 from distclip._plan import build_plan
-from distclip._runs import Collector
-from distclip._slots import Slots
-from distclip.strategies._base import require_bound, require_norm_type, scale_to
+from distclip.strategies._base import require_bound, require_norm_type
 
 
 @torch.no_grad()
@@ -70,13 +68,13 @@ def clip_grad_norm_(
         >>> optimizer.step()
     """
     bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
-    gradients, meter = _prepare(parameters, p, stages, process_group)
-    norms = meter(gradients)
-    # GlobalNorm(bound, p).forward, which cannot be made inside a compiled step
-    decision = Scale(scale_to(norms.total, bound, 1e-6), torch.full_like(norms.total, bound))
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
-    outcome = resolve(decision, norms, policy)
-    change(outcome, gradients, meter.slots)
+    parameters, tensors, known, strategy = _set_of(parameters, p, stages, process_group, policy)
+    strategy.bound = bound
+    gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
+    outcome = resolve(strategy.decide(norms), norms, policy)
+    assert gradients is not None and known.measurement is not None  # nothing is measured in backward
+    change(outcome, gradients, known.measurement.slots)
     return outcome.report.total_norm
 
 
@@ -96,8 +94,9 @@ def total_grad_norm(
     Example:
         >>> norm = distclip.total_grad_norm(model)
     """
-    gradients, meter = _prepare(parameters, require_norm_type(norm_type), stages, process_group)
-    return meter(gradients).total
+    p = require_norm_type(norm_type)
+    parameters, tensors, known, _ = _set_of(parameters, p, stages, process_group, "propagate")
+    return known.measure(known.make_current(parameters, tensors))[1].total
 
 
 @torch.no_grad()
@@ -127,53 +126,61 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     gradients.commit()
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    tensors: tuple[weakref.ref[Tensor], ...]
-    meter: Meter
-    collect: Collector
-
-    def is_for(self, tensors: list[Tensor]) -> bool:
-        same = all(ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
-        return same and self.meter.plan.fits(tensors)
-
-
-# The plans of the lists seen last. A plan is found again by the identity of every parameter in the list,
-# and dropped as soon as one of them dies; its key stays, since garbage collectors do not die in step, and
-# what is evicted next must be the same on every rank. So which list is planned anew depends only on which
-# lists are passed: the caller's program, the same on every rank.
-_prepared: OrderedDict[tuple[Any, ...], _Prepared | None] = OrderedDict()
-_MOST_PREPARED = 200_000  # tensors, over all lists
+# What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what is
+# known of it is dropped as soon as one of them dies; its place stays, since garbage collectors do not die in step
+# and addresses are used again, and what is evicted next must be the same on every rank. So which list is planned
+# anew depends only on which lists are passed: the caller's program, the same on every rank.
+_known: dict[tuple[Any, ...], _Entry] = {}
+_order: OrderedDict[int, _Entry] = OrderedDict()  # by number, the latest last
+_lock = threading.Lock()
+_numbers = count()
+_MOST_KNOWN = 200_000  # tensors, over all lists
 
 
-def _prepare(
+class _Entry:
+    """What is known of one list, while all its tensors live."""
+
+    def __init__(self, key: tuple[Any, ...], tensors: list[Tensor], norm_type: float, policy: str) -> None:
+        self.number, self.key, self.size = next(_numbers), key, len(tensors)
+        self.strategy = AsCalled(norm_type)
+        options = {"norm_type": norm_type, "on_nonfinite": policy}
+        self.parameters: ParameterSet | None = ParameterSet(self.strategy, keep=False, options=options)
+        me = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            if (entry := me()) is not None:
+                entry.parameters = None
+
+        self._tensors = [weakref.ref(t, forget) for t in tensors]
+
+
+def _set_of(
     parameters: Parameters,
     norm_type: float,
     stages: dist.ProcessGroup | DeviceMesh | None,
     process_group: dist.ProcessGroup | DeviceMesh | None,
-) -> tuple[Gradients, Meter]:
+    policy: str,
+) -> tuple[Parameters, list[Tensor], ParameterSet, AsCalled]:
     parameters = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
     tensors = bare_tensors(parameters)
-    key = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"), *map(id, tensors))
-    entry = _prepared.get(key)
-    if entry is None or not entry.is_for(tensors):
-        named = named_parameters(parameters)
-        require_gradients_after_backward(named)
-        plan = build_plan(named, process_group, stages)
-        slots = Slots(("total",), (0,) * len(plan.parameters))
-        meter = Meter(plan, slots, norm_type, torch.float32)
-
-        def forget(_: object) -> None:
-            if key in _prepared:
-                _prepared[key] = None
-
-        collector = Collector(plan, plan.multiplicities)
-        entry = _Prepared(tuple(weakref.ref(t, forget) for t in tensors), meter, collector)
-        _prepared[key] = entry
-        while len(_prepared) > 1 and sum(map(len, _prepared)) > _MOST_PREPARED:
-            _prepared.popitem(last=False)
-    _prepared.move_to_end(key)
-    return entry.collect(tensors), entry.meter
+    groups = (_name_of(stages, "stages"), _name_of(process_group, "process_group"))
+    key = (norm_type, *groups, *map(id, tensors))
+    entry = _known.get(key)
+    if not torch.compiler.is_compiling():
+        with _lock:
+            if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
+                entry = _Entry(key, tensors, norm_type, policy)
+                _known[key] = _order[entry.number] = entry
+                while len(_order) > 1 and sum(e.size for e in _order.values()) > _MOST_KNOWN:
+                    _, oldest = _order.popitem(last=False)
+                    if _known.get(oldest.key) is oldest:
+                        del _known[oldest.key]
+            _order.move_to_end(entry.number)
+    assert entry is not None, "clip once outside of torch.compile first: that makes the plan"
+    known = entry.parameters
+    assert known is not None  # the caller holds its tensors
+    known.groups = stages, process_group
+    return parameters, tensors, known, entry.strategy
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None, argument: str) -> str | None:

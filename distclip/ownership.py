@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distclip._placement import DECLARED, SUMMED, Axis, Declaration
+from distclip import _declarations
+from distclip._placement import Axis, Declaration
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 """A process group, or a 1-D mesh (``mesh["tp"]``)."""
@@ -26,13 +27,15 @@ def declare(
 ) -> None:
     """Say how plain parameters lie over the ranks: manual tensor or expert parallelism, tied weights.
 
-    Every rank that holds the parameters declares them alike, before they are clipped for the first time (a
-    plan that has been made does not change). A later declaration replaces an earlier one.
-    What can be checked is checked when the plan is made (copies must be equal); ``clipper.verify()``
-    checks the rest on real gradients.
+    Every rank that holds the parameters declares them alike; what is declared later counts from the next clip
+    on, and replaces what was declared before. What can be checked is checked when the plan is made (copies
+    must be equal); ``clipper.verify()`` checks the rest on real gradients.
 
     Args:
-        module_or_parameter: one parameter, or a module for all parameters in it.
+        module_or_parameter: a module, for all parameters in it: what is said then holds for their names, also
+            after ``load_state_dict(assign=True)``, ``to_empty()`` or ``fully_shard`` have put others in
+            their place. Or one parameter: that is said of this object alone, and clipping is an error once
+            another has taken its place.
         sharded_over: group(s) along which every rank holds *different* elements: the parts of a matrix
             under tensor parallelism, or experts of its own. Along all other groups the ranks hold
             copies. ``()`` declares a plain replica.
@@ -55,6 +58,30 @@ def declare(
         >>> distclip.declare(model.up.weight, sharded_over=mesh["tp"])
         >>> distclip.declare(model.norm, partial_over=mesh["tp"])
     """
+    declaration = declaration_of(
+        sharded_over=sharded_over, partial_over=partial_over, tied_over=tied_over, local=local
+    )
+    if isinstance(module_or_parameter, nn.Module):
+        if declaration.partial:
+            for parameter in module_or_parameter.parameters():
+                _require_plain(parameter)
+        _declarations.add_to_module(module_or_parameter, declaration)
+    elif isinstance(module_or_parameter, Tensor):
+        if declaration.partial:
+            _require_plain(module_or_parameter)
+        _declarations.add_to_parameter(module_or_parameter, declaration)
+    else:
+        raise TypeError(f"expected a Module or a parameter, got {type(module_or_parameter).__name__}")
+
+
+def declaration_of(
+    *,
+    sharded_over: Group | Sequence[Group] | None = None,
+    partial_over: Group | Sequence[Group] | None = None,
+    tied_over: Group | None = None,
+    local: bool = False,
+) -> Declaration:
+    """What :func:`declare` says with these arguments."""
     if sharded_over is None and partial_over is None and tied_over is None and not local:
         raise ValueError(
             "declare() was told nothing: pass sharded_over=, partial_over=, tied_over= or local=True"
@@ -72,28 +99,14 @@ def declare(
     ]
     words += ["tied over " + tied.name] if tied else []
     label = "local" if local else ", ".join(words) or "replicated"
-    declaration = Declaration(f"declared {label}", shards, None, partial, tied, local)
-    for parameter in _parameters_of(module_or_parameter):
-        if partial and isinstance(parameter, DTensor):
-            raise ValueError(
-                "partial_over= is for plain tensors; a DTensor's gradient says itself where it is partial"
-            )
-        if partial and getattr(parameter, DECLARED, None) is None:
-            parameter.register_post_accumulate_grad_hook(_forget_sum)  # type: ignore[no-untyped-call]
-        setattr(parameter, DECLARED, declaration)
+    return Declaration(f"declared {label}", shards, None, partial, tied, local)
 
 
-def _forget_sum(parameter: Tensor) -> None:
-    """Backward has added this rank's part to the gradient, so it has to be summed (again)."""
-    setattr(parameter, SUMMED, None)
-
-
-def _parameters_of(target: nn.Module | Tensor) -> list[Tensor]:
-    if isinstance(target, nn.Module):
-        return list(target.parameters())
-    if isinstance(target, Tensor):
-        return [target]
-    raise TypeError(f"expected a Module or a parameter, got {type(target).__name__}")
+def _require_plain(parameter: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            "partial_over= is for plain tensors; a DTensor's gradient says itself where it is partial"
+        )
 
 
 def _axes(given: Group | Sequence[Group] | None, argument: str) -> tuple[Axis, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections import OrderedDict
@@ -14,28 +13,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
 from distclip._apply import OnNonfinite, require_policy
-from distclip._decision import Decision, Scale
-from distclip._fsdp1 import annotate_fsdp1
+from distclip._as_called import AsCalled
 from distclip._gradients import collect
 from distclip._loss_scale import LossScale, record
-from distclip._norms import Norms
 from distclip._optimizer_step import parameters_of
-from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
-from distclip._plan import Plan, build_plan, require_equal_gradients
+from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters, walk_modules
+from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
+from distclip._source import begun_to_train
 from distclip.clipper import Clipper
 from distclip.integrations._stepping import KeepingScaler, StepSkipper
-from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
+from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.training.unscaling import unscale_
 
 _HANDLE = "_distclip"  # attribute of an accelerator that distclip is installed in
 _PATCHED = (
     "backward",
-    "no_sync",
     "clip_grad_norm_",
     "clip_grad_value_",
     "unscale_gradients",
@@ -152,8 +148,6 @@ class Installed:
         # Of the micro-batches since the last clip, for a strategy that judges it.
         self._loss: Tensor | None = None
         self._loss_used = False
-        self._in_no_sync = 0
-        self._unsynchronised = False  # the last backward pass
         self._loaded: list[dict[str, Any]] = []  # states of lists that have not been clipped yet
         self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepSkipper] = (
             weakref.WeakKeyDictionary()
@@ -206,17 +200,7 @@ class Installed:
 
     # --- in the place of the accelerator's methods ------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _no_sync(self, model: nn.Module) -> Iterator[None]:
-        self._in_no_sync += 1
-        try:
-            with self._original["no_sync"](model):
-                yield
-        finally:
-            self._in_no_sync -= 1
-
     def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
-        self._unsynchronised = self._in_no_sync > 0
         if self._scaler is not None:
             self._scaler.forget()
         if self._strategy is not None and loss.numel() == 1:
@@ -232,7 +216,7 @@ class Installed:
             return torch.full((), math.nan, device=self._accelerator.device)
         decided = self._strategy is not None and not math.isinf(bound)
         lst = self._list(parameters, None if decided else p)
-        if isinstance(lst.clipper.strategy, _AsCalled):
+        if isinstance(lst.clipper.strategy, AsCalled):
             lst.clipper.strategy.bound = bound
         report = self._clip(lst, self._on_nonfinite if decided or self._strategy is None else "propagate")
         if decided or self._strategy is None:
@@ -267,9 +251,7 @@ class Installed:
     def _clip(self, lst: _List, policy: OnNonfinite) -> ClipReport:
         """Unscale, measure, decide, change: as ``Clipper.step`` does, up to the optimizer."""
         clipper, owners = lst.clipper, self._owners(lst)
-        clipper.require_synchronised()
-        if self._unsynchronised:  # of DDP the accelerator keeps the inner model, which does not tell
-            require_equal_gradients(clipper.plan, clipper.tensors)
+        clipper.begin()
         scaled = self._scaled(owners)
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
@@ -323,16 +305,32 @@ class Installed:
         tensors = bare_tensors(freeze_source(parameters, may_be_empty=self._may_be_empty))
         key = (norm_type, *map(id, tensors))
         if key not in self._lists:
-            self._drop_dead()
-            strategy = self._strategy_of_one() if norm_type is None else _AsCalled(norm_type)
-            self._count += 1
             models = self._accelerator._models
+            if norm_type is None and (former := self._former(tensors)) is not None:
+                self._lists[key] = self._lists.pop(former)
+                self._lists[key].hold(tensors, models)
+                return self._lists[key]
+            self._drop_dead()
+            strategy = self._strategy_of_one() if norm_type is None else AsCalled(norm_type)
+            self._count += 1
             lst = _List(self._count, tensors, models, strategy, self._on_nonfinite, self._options)
             if lst.decided and self._loaded:
                 lst.clipper.load_state_dict(self._loaded.pop(0))
             self._lists[key] = lst
         self._lists.move_to_end(key)
         return self._lists[key]
+
+    def _former(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+        """The key of the list that the script has changed into this one, whose state goes on: it shares
+        parameters, and those that it has beside are in no model any more, or frozen."""
+        here = set(map(id, tensors))
+        trained = {id(p) for m in self._accelerator._models for p in m.parameters() if p.requires_grad}
+        for key, lst in self._lists.items():
+            if lst.decided and not lst.ids.isdisjoint(here) and not (lst.ids - here) & trained:
+                return key
+            if lst.decided and lst.ids.isdisjoint(here) and lst.ids.isdisjoint(trained):
+                return key  # all of them replaced, or adapters trained in their place
+        return None
 
     @property
     def _may_be_empty(self) -> bool:
@@ -361,17 +359,6 @@ class Installed:
         return self._strategy
 
 
-class _AsCalled(Strategy):
-    """GlobalNorm with the ``max_norm`` of the call."""
-
-    def __init__(self, norm_type: float) -> None:
-        super().__init__()
-        self.norm_type, self.bound = norm_type, math.inf
-
-    def forward(self, norms: Norms) -> Decision:
-        return Scale(scale_to(norms.total, self.bound, 1e-6), torch.full_like(norms.total, self.bound))
-
-
 class _List:
     """One list of parameters that the script clips.
 
@@ -391,21 +378,25 @@ class _List:
         options: dict[str, Any],
     ) -> None:
         self.number = number
+        self.decided = not isinstance(strategy, AsCalled)
+        self._elementwise: Plan | None = None
+        self.clipper = Clipper([], strategy, on_nonfinite=on_nonfinite, **options)
+        self.hold(tensors, models)
+
+    def hold(self, tensors: list[Tensor], models: list[nn.Module]) -> None:
+        """From now on it is these."""
         self.tensors, self.ids = tensors, frozenset(map(id, tensors))
         self.models = [m for m in models if any(id(p) in self.ids for p in m.parameters())]
-        self.decided = not isinstance(strategy, _AsCalled)
-        named = _named(tensors, self.models)
-        self.clipper = Clipper(named, strategy, on_nonfinite=on_nonfinite, **options)
-        # Made from a list of parameters, it does not know what synchronises them.
-        self.clipper.watch(self.models)
-        self._elementwise: Plan | None = None
+        self._elementwise = None
+        # Made from a list of parameters, the clipper does not know what synchronises them.
+        self.clipper.follow(_named(tensors, self.models), self.models)
 
     def covers(self, optimizer: torch.optim.Optimizer) -> bool:
         return all(id(p) in self.ids for p in parameters_of(optimizer))
 
     def elementwise_plan(self) -> Plan:
         """For changes that need no other rank; the clipper's own plan would ask them."""
-        if self._elementwise is None or not self._elementwise.fits(self.tensors):
+        if self._elementwise is None or begun_to_train(self.tensors, self._elementwise.frozen):
             self._elementwise = build_plan(named_parameters(self.tensors), alone=True)
         return self._elementwise
 
@@ -418,19 +409,11 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
-# What Accelerate and torch wrap modules in, which is not part of a parameter's name.
-_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
-
-
 def _named(tensors: list[Tensor], models: list[nn.Module]) -> list[tuple[str, Tensor]]:
     """The parameters with the names that they have in the script's own model; FSDP1's say how they lie."""
     names: dict[int, str] = {}
     for i, model in enumerate(models):
-        annotate_fsdp1(model)
         prefix = f"models[{i}]." if len(models) > 1 else ""
-        for name, parameter in model.named_parameters():
-            parts = [part for part in name.split(".") if part not in _WRAPPERS]
-            if isinstance(model, DistributedDataParallel):
-                parts = parts[1:]
-            names.setdefault(id(parameter), prefix + ".".join(parts))
+        for p in walk_modules([model]):
+            names.setdefault(id(p.tensor), prefix + p.name)
     return [(names.get(id(t), f"parameters[{k}]"), t) for k, t in enumerate(tensors)]

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import nn
 
-from distclip.ownership import Group, declare
+from distclip._declarations import add_to_names
+from distclip._parameters import walk_modules
+from distclip.ownership import Group, declaration_of, declare
 
 
 def annotate(
@@ -69,7 +71,7 @@ def annotate(
     modules = [model_or_modules] if isinstance(model_or_modules, nn.Module) else list(model_or_modules)
     if wrong := [type(m).__name__ for m in modules if not isinstance(m, nn.Module)]:
         raise TypeError(f"expected a Module or several Modules, got {wrong[0]} among them")
-    for name, parameter in (named for m in modules for named in m.named_parameters()):
+    for module, (name, parameter, _) in ((m, named) for m in modules for named in walk_modules([m])):
         split = getattr(parameter, "tensor_model_parallel", False)
         shards: list[Group] = []
         tied = partial = None
@@ -85,7 +87,8 @@ def annotate(
                 partial = sequence_parallel_group
         if getattr(parameter, "shared", False) or getattr(parameter, "shared_embedding", False):
             tied = _group("embedding_group", embedding_group, name)
-        declare(parameter, sharded_over=shards, partial_over=partial, tied_over=tied)
+        declaration = declaration_of(sharded_over=shards, partial_over=partial, tied_over=tied)
+        add_to_names(module, {name: declaration})
         main = getattr(parameter, "main_param", None)  # the optimizer's float32 copy
         if main is not None and main.shape == parameter.shape:
             declare(main, sharded_over=shards, tied_over=tied)

@@ -32,8 +32,7 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """
-    clipper.require_synchronised()
-    plan = clipper.plan
+    plan = clipper.begin()
     require_covered([optimizer], clipper.tensors)
     loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
     if loss_scale.scaler is None:

@@ -1,0 +1,206 @@
+"""Are all ranks configured alike, and do they pass the same parameters?
+
+The first message of every plan of more than one rank: a maximum over hashes and their negatives, of a size that
+depends on nothing. What differs is then quoted from both sides, in the same error on every rank. So is
+whatever one rank finds wrong on its own, which would otherwise leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip._parameters import ParameterInfo
+from distclip._placement import Placement
+from distclip._scope import Scope
+from distclip.errors import OwnershipError, SettingsError
+
+_QUOTED = 400  # bytes of a quotation
+_FIELDS = ("strategy", "state", "options", "stages")
+_PER_STAGE = ("count", "names", "shapes")  # what ranks of one stage have in common
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What only all ranks together know of the list.
+
+    Attributes:
+        counts: parameters of each stage.                               # [num_stages]
+        anywhere: what may be so on this rank: whether it is so on any.
+    """
+
+    counts: list[int]
+    anywhere: list[bool]
+
+
+def agree_on_settings(
+    settings: Mapping[str, str],
+    infos: Sequence[ParameterInfo],
+    placements: Sequence[Placement],
+    here: Sequence[bool],
+    complaint: str | None,
+    scope: Scope,
+    device: torch.device,
+) -> Listed:
+    """One message of a few numbers; a second one, of a few for each stage, where there are stages.
+
+    Args:
+        settings: what is to be the same on every rank, in words; of the keys in ``_FIELDS``.
+        here: facts of this rank, for ``anywhere``.
+        complaint: what this rank has found wrong already, or None.
+
+    Raises:
+        SettingsError, OwnershipError: on every rank alike.
+    """
+    group = scope.group()
+    assert group is not None
+    told = {**settings, "stages": f"{scope.num_stages} pipeline stage(s)"}
+    words = [told.get(name, "") for name in _FIELDS]
+    lists = [str(len(infos)), _names(infos, placements), _shapes(infos, placements)]
+    # The lists of other stages differ: theirs are compared in the second message.
+    hashes = [*map(_hash, words), *([0.0] * 3 if scope.stages else map(_hash, lists))]
+    complains = -math.inf if complaint is None else -float(dist.get_rank())
+    message = _maximum(
+        [*hashes, *(-h for h in hashes), complains, len(infos), -len(infos), *here], group, device
+    )
+    n = len(hashes)
+    high, low = message[:n], [-x for x in message[n : 2 * n]]
+    complainer, most, least, *anywhere = message[2 * n :]
+    if not math.isinf(complainer):
+        rank = round(-complainer)
+        said = _quotations([complaint if dist.get_rank() == rank else None], group, device)[0]
+        raise OwnershipError(f"rank {rank}: {said}")
+    for i, name in enumerate(_FIELDS):
+        if high[i] != low[i]:
+            sides = [words[i] if hashes[i] == side[i] else None for side in (high, low)]
+            one, other = _quotations(sides, group, device)
+            raise SettingsError(
+                f"ranks are configured differently: {_HEADLINES[name]} is\n  {one}\non some, and\n  {other}\non "
+                f"others (rank {dist.get_rank()}: {words[i][:_QUOTED]}). Give every rank the same."
+            )
+    if scope.stages is not None:
+        counts = _counts_of_stages(lists, scope, group, device)
+    else:
+        k = len(_FIELDS)
+        if high[k:] != low[k:]:
+            raise OwnershipError(_difference(infos, placements, round(most), round(-least), group, device))
+        counts = [len(infos)]
+    return Listed(counts, list(map(bool, anywhere)))
+
+
+_HEADLINES = {
+    "strategy": "the strategy",
+    "state": "the state of the strategy (was a checkpoint loaded on some ranks only?)",
+    "options": "what is passed beside it",
+    "stages": "stages=",
+}
+
+_REMEDY = (
+    "Pass all parameters on every rank, in the same order (a missing gradient counts as zero, so do not filter "
+    "by `p.grad is not None`). Pipeline stages: pass stages=. Shards or experts of each rank's own: "
+    "distclip.declare(parameter, sharded_over=group). Other models on other ranks: pass process_group=."
+)
+
+
+def _counts_of_stages(
+    lists: Sequence[str], scope: Scope, group: dist.ProcessGroup, device: torch.device
+) -> list[int]:
+    columns = [float(lists[0]), *map(_hash, lists[1:])]
+    message = [-math.inf] * (2 * len(columns) * scope.num_stages)
+    for i, value in enumerate(columns):
+        message[(2 * i) * scope.num_stages + scope.stage] = value
+        message[(2 * i + 1) * scope.num_stages + scope.stage] = -value
+    found = _maximum(message, group, device)
+    rows = [found[i : i + scope.num_stages] for i in range(0, len(found), scope.num_stages)]
+    for i, what in enumerate(_PER_STAGE):
+        for stage, (high, low) in enumerate(zip(rows[2 * i], rows[2 * i + 1], strict=True)):
+            if high != -low:
+                figures = f": {-low:.0f} on some, {high:.0f} on others" if i == 0 else ""
+                raise OwnershipError(
+                    f"ranks of stage {stage} pass different parameters ({what}{figures}); {lists[0]} on rank "
+                    f"{dist.get_rank()}. {_REMEDY}"
+                )
+    return [round(c) for c in rows[0]]
+
+
+def _difference(
+    infos: Sequence[ParameterInfo],
+    placements: Sequence[Placement],
+    most: int,
+    least: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> str:
+    """Where the lists of ranks differ first. All ranks call this."""
+    said = [_entry(info, p) for info, p in zip(infos, placements, strict=True)]
+    hashes = list(map(_hash, said[:least]))
+    found = _maximum([*hashes, *(-h for h in hashes)], group, device)
+    differing = next((i for i in range(least) if found[i] != -found[least + i]), least)
+    own = said[differing] if differing < len(said) else None
+    top = own if differing == least or _hash(own or "") == found[differing] else None
+    bottom = None if differing == least else own if _hash(own or "") == -found[least + differing] else None
+    one, other = _quotations([top, bottom], group, device)
+    counts = f"different numbers of parameters: {least} on some, {most} on others, {len(infos)} on rank "
+    if most == least:
+        counts = "different parameters (or in another order); seen from rank "
+    where = f"Number {differing} is {one} on some ranks, and " + (
+        f"{other} on others." if other else "missing on others."
+    )
+    return f"ranks pass {counts}{dist.get_rank()}. {where} {_REMEDY}"
+
+
+def _entry(info: ParameterInfo, placement: Placement) -> str:
+    return f"{_name(info, placement)!r} of shape {_shape(info, placement)}"
+
+
+def _names(infos: Sequence[ParameterInfo], placements: Sequence[Placement]) -> str:
+    return "\n".join(map(_name, infos, placements))
+
+
+def _shapes(infos: Sequence[ParameterInfo], placements: Sequence[Placement]) -> str:
+    return "\n".join(map(_shape, infos, placements))
+
+
+def _name(info: ParameterInfo, placement: Placement) -> str:
+    """Experts and shards that each rank has made by itself may be named and cut as it likes."""
+    return "(a shard of this rank's own)" if _is_own(placement) else info.name
+
+
+def _shape(info: ParameterInfo, placement: Placement) -> str:
+    return "?" if _is_own(placement) else str(tuple(info.shape))
+
+
+def _is_own(placement: Placement) -> bool:
+    return placement.mesh is None and placement.home is None and bool(placement.shards)
+
+
+def _maximum(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    message = torch.tensor(values, dtype=torch.float64, device="cpu").to(device)
+    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+    found: list[float] = message.tolist()
+    return found
+
+
+def _quotations(texts: Sequence[str | None], group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """Each text from the ranks that have it (the same one on all of these), on every rank."""
+    table = torch.zeros(len(texts), _QUOTED, dtype=torch.uint8, device="cpu")
+    for row, text in enumerate(texts):
+        if text is not None:
+            data = bytearray(text.encode()[:_QUOTED])
+            if data:
+                table[row, : len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+    table = table.to(device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    rows: list[Tensor] = list(table.cpu())
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _hash(text: str) -> float:
+    """48 bits, which float64 holds exactly; never 0."""
+    return float(1 + int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big"))

@@ -1,0 +1,105 @@
+"""Ranks meet before a plan's first collective, in the store of the process group, so that nobody waits in silence.
+
+A collective that not all ranks join never returns, and says nothing. Here each notes that it has come, and one
+that waits for others says for which. Once the plan stands the store is not asked any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from distclip.errors import OwnershipError
+
+logger = logging.getLogger("distclip")
+
+PATIENCE = 30.0
+"""Seconds that a rank waits before it says so."""
+_NAMED = 8  # ranks, and parameters, in a message
+_FIRST_NAP, _LONGEST_NAP = (
+    0.0002,
+    1.0,
+)  # seconds; naps grow with the time waited, so that few ask a large store
+
+
+_meetings: dict[tuple[int, str], int] = {}  # by life of the process group, and group
+
+
+def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
+    """Return when every rank of ``group`` has called this. Does nothing where there is no store.
+
+    Raises:
+        OwnershipError: some have not come within the timeout of the group: which.
+    """
+    try:
+        store = c10d._get_default_store()
+        number = _meetings.get((id(store), group.group_name), 0)
+        room = f"distclip/{group.group_name}/{number}"
+        here = store.add(f"{room}/count", 1)
+        store.set(f"{room}/{dist.get_rank()}", "here")
+    except (RuntimeError, NotImplementedError):
+        return
+    if here == group.size():
+        store.set(f"{room}/all", "here")
+    else:
+        _wait(store, room, group, names)
+    _meetings[id(store), group.group_name] = number + 1
+    if number:  # all have left that one, or they would not have come to this
+        before = f"distclip/{group.group_name}/{number - 1}"
+        last = [f"{before}/{dist.get_rank()}"]
+        last += [f"{before}/count", f"{before}/all"] if dist.get_rank(group) == 0 else []
+        for key in last:
+            store.delete_key(key)
+
+
+def _wait(store: dist.Store, room: str, group: dist.ProcessGroup, names: Sequence[str]) -> None:
+    began = time.monotonic()
+    limit = _timeout_of(group)
+    said_at = min(PATIENCE, limit / 2)
+    said = False
+    while not store.check([f"{room}/all"]):
+        waited = time.monotonic() - began
+        if waited >= limit:
+            if store.add(f"{room}/count", -1) == group.size() - 1:
+                store.add(f"{room}/count", 1)  # the last has just come
+                continue
+            missing = _missing(store, room, group)
+            store.delete_key(f"{room}/{dist.get_rank()}")
+            raise OwnershipError(f"{_sentence(waited, missing, names)} Gave up.")
+        if waited >= said_at and not said:
+            said = True
+            logger.warning("%s", _sentence(waited, _missing(store, room, group), names))
+        time.sleep(min(_LONGEST_NAP, max(_FIRST_NAP, waited / 10)))
+
+
+def _missing(store: dist.Store, room: str, group: dist.ProcessGroup) -> list[int]:
+    return [rank for rank in dist.get_process_group_ranks(group) if not store.check([f"{room}/{rank}"])]
+
+
+def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> str:
+    ranks = ", ".join(map(str, missing[:_NAMED])) + (
+        f", … ({len(missing)} ranks)" if missing[_NAMED:] else ""
+    )
+    shown = ", ".join(map(repr, names[:2])) + (", …" if names[2:] else "")
+    return (
+        f"rank {dist.get_rank()} has waited {waited:.0f} s to plan the clipping of {len(names)} parameter(s) "
+        f"({shown}) together with rank(s) {ranks}, which have not come. Mostly clip() (or describe(), or another "
+        "function that all ranks call) is called on some ranks only, the parameters were changed on this rank "
+        "alone, or those ranks train another model: then pass process_group= with the ranks of this one."
+    )
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that a collective of the group waits."""
+    try:
+        device = group._device_types[0]
+        limit: timedelta = group._get_backend(torch.device(device)).options._timeout
+        return limit.total_seconds()
+    except (RuntimeError, AttributeError, IndexError):
+        return c10d.default_pg_timeout.total_seconds()

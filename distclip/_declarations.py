@@ -1,0 +1,132 @@
+"""What users have declared, by the names in their modules and by parameter, for as long as these live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from distclip._parameters import NamedParameter, walk_modules
+from distclip._placement import SUMMED, Declaration, whole_shape
+
+_of_modules: weakref.WeakKeyDictionary[nn.Module, dict[str, Declaration]] = weakref.WeakKeyDictionary()
+_of_parameters: dict[int, _OfParameter] = {}  # by id, for as long as it lives
+_sums_forgotten: dict[int, weakref.ref[Tensor]] = {}  # by id of those whose hook is there
+
+made = 0
+"""Declarations so far: a plan that was made before the last of them may be out of date."""
+# Shapes and labels of parameters that died before any plan took note of what was declared of them.
+_lost: list[tuple[tuple[int, ...], str]] = []
+
+
+def add_to_module(module: nn.Module, declaration: Declaration) -> None:
+    """For every parameter that is in ``module`` now, by name."""
+    add_to_names(module, {p.name: declaration for p in walk_modules([module])})
+
+
+def add_to_names(module: nn.Module, declarations: Mapping[str, Declaration]) -> None:
+    global made
+    of_module = _of_modules.setdefault(module, {})
+    for name, declaration in declarations.items():
+        made += 1
+        of_module[name] = replace(declaration, number=made)
+
+
+def add_to_parameter(parameter: Tensor, declaration: Declaration) -> None:
+    global made
+    made += 1
+    key, shape, label = id(parameter), whole_shape(parameter), declaration.label
+
+    def forget(_: object) -> None:
+        gone = _of_parameters.pop(key, None)
+        if gone is not None and not gone.planned:
+            _lost.append((shape, label))
+
+    _of_parameters[key] = _OfParameter(weakref.ref(parameter, forget), replace(declaration, number=made))
+
+
+@dataclass
+class _OfParameter:
+    parameter: weakref.ref[Tensor]
+    declaration: Declaration
+    planned: bool = False
+
+
+class Declared:
+    """What is declared of some parameters, as things stand now.
+
+    Attributes:
+        of: by the id of the parameter.
+        by_object: names of those that it was said of as objects.
+
+    Raises:
+        ValueError: something was declared of a name or of a parameter that is there no more.
+    """
+
+    def __init__(self, parameters: Sequence[NamedParameter]) -> None:
+        self.made = made
+        self.of: dict[int, Declaration] = {}
+        mine = {id(p.tensor): p for p in parameters}
+        lost = None
+        for module, declarations in list(_of_modules.items()):
+            present = {p.name: p.tensor for p in walk_modules([module])}
+            concerned = any(id(t) in mine for t in present.values())
+            for name, declaration in declarations.items():
+                tensor = present.get(name)
+                if tensor is None:
+                    lost = f"{name!r} of {type(module).__name__} ({declaration.label})" if concerned else lost
+                elif id(tensor) in mine:
+                    self._add(tensor, declaration)
+        if lost is not None:
+            raise ValueError(
+                f"what was declared of {lost} cannot be kept: the module has no parameter of that name any "
+                "more. Declare anew what has taken its place."
+            )
+        self.by_object = set[str]()
+        for p in parameters:
+            own = _of_parameters.get(id(p.tensor))
+            if own is not None:
+                own.planned = True
+                if self._add(p.tensor, own.declaration):
+                    self.by_object.add(p.name)
+        self._require_none_lost(parameters)
+        for p in parameters:
+            declared = self.of.get(id(p.tensor))
+            if declared is not None and declared.partial and id(p.tensor) not in _sums_forgotten:
+                _sums_forgotten[id(p.tensor)] = weakref.ref(p.tensor, partial(_unhooked, id(p.tensor)))
+                p.tensor.register_post_accumulate_grad_hook(_forget_sum)  # type: ignore[no-untyped-call]
+
+    def _add(self, tensor: Tensor, declaration: Declaration) -> bool:
+        """The latest counts."""
+        known = self.of.get(id(tensor))
+        if known is not None and known.number > declaration.number:
+            return False
+        self.of[id(tensor)] = declaration
+        return True
+
+    def _require_none_lost(self, parameters: Sequence[NamedParameter]) -> None:
+        if not _lost:
+            return
+        lost = dict(_lost)
+        for p in parameters:
+            label = lost.get(whole_shape(p.tensor)) if id(p.tensor) not in self.of else None
+            if label is not None:
+                _lost.clear()
+                raise ValueError(
+                    f"{p.name} has the shape of a parameter that was {label} and is gone, and nothing is "
+                    "declared of it: load_state_dict(assign=True), to_empty() and fully_shard put others in "
+                    "the place of parameters. Declare it now, or declare the module, whose names stay. "
+                    "(declare(parameter, sharded_over=()) says that it is an ordinary replica.)"
+                )
+
+
+def _unhooked(key: int, _: object) -> None:
+    _sums_forgotten.pop(key, None)
+
+
+def _forget_sum(parameter: Tensor) -> None:
+    """Backward has added this rank's part to the gradient, so it has to be summed (again)."""
+    setattr(parameter, SUMMED, None)

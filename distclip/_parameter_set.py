@@ -1,0 +1,381 @@
+"""The parameters that are clipped together: where they come from, how they lie over ranks, how they are measured.
+
+Programs change their parameters after the first clip. So everything that is known of them lives here, and one
+method, :meth:`ParameterSet.make_current`, looks whether it still holds. What makes it stale is what the program
+does alike on all ranks: a module's dictionaries, an optimizer's groups, ``requires_grad``, the kind of device, a
+new declaration, another life of the process group. Where ranks have a collective in every step they tell each
+other in it, and plan anew together or raise together; where they have none (replicas), a rank that changed alone
+waits for the others in ``_arrival`` and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from distclip import _declarations
+from distclip._declarations import Declared
+from distclip._gradients import Gradients
+from distclip._in_backward import require_gradients_after_backward
+from distclip._measurement import Measurement
+from distclip._norms import Norms
+from distclip._overlap import Overlap
+from distclip._parameters import NamedParameter, Parameters, named_parameters
+from distclip._placement import MANAGED
+from distclip._plan import Plan, build_plan, require_equal_gradients
+from distclip._reduction import OutdatedPlan
+from distclip._settings import settings_of
+from distclip._source import Witness, begun_to_train, witness_of
+from distclip._synchronisation import Synchronisation
+from distclip.errors import OwnershipError
+from distclip.strategies._base import Strategy
+
+logger = logging.getLogger("distclip")
+
+_OTHER_GRADIENTS = ("main_grad", "decoupled_grad")  # where Megatron and others keep theirs
+
+
+class ParameterSet:
+    """Owns plan, measurement and what watches backward; keeps parameters alive only where the source does.
+
+    Args:
+        strategy: what it is measured for.
+        keep: whether the source, and so its tensors, may be kept alive.
+        stages, process_group: as for ``Clipper``.
+        options: what else must be the same on every rank, by name.
+        overlap: measure in backward what can be.
+        watched: modules that synchronise the gradients, beside those in the source.
+
+    Attributes:
+        groups: ``stages`` and ``process_group``, which whoever does not keep the source gives for each call.
+        plan, measurement: None before the first :meth:`make_current`.
+        overlap: what has been gathered in backward; None where nothing is.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        keep: bool = True,
+        stages: dist.ProcessGroup | DeviceMesh | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        accumulate: torch.dtype = torch.float32,
+        options: Mapping[str, object] | None = None,
+        overlap: bool = False,
+        watched: Sequence[nn.Module] = (),
+    ) -> None:
+        self._strategy, self._keep = strategy, keep
+        self.groups = stages, process_group
+        self._accumulate, self._options = accumulate, dict(options or {})
+        self._overlaps, self._watched = overlap, list(watched)
+        self.plan: Plan | None = None
+        self.measurement: Measurement | None = None
+        self.overlap: Overlap | None = None
+        self.tensors: list[Tensor] = []  # as read last, where they may be kept
+        self._witness: Witness | None = None
+        self._read: _Read | None = None
+        self._synchronisation = Synchronisation([])
+        self._managed: list[int] = []  # positions of those of FSDP1
+        self._life: weakref.ref[dist.ProcessGroup] | None = None
+        self._calls = 0
+        self._agreed_on_state = False
+
+    # --- is it current? ---------------------------------------------------------------------------------
+
+    def make_current(
+        self, parameters: Parameters, tensors: list[Tensor] | None = None, *, param_norms: bool = False
+    ) -> list[Tensor]:
+        """The tensors of ``parameters``, with a plan that describes them as they are, for one step.
+
+        ``tensors``: those, where the source is not kept and they are known to be the same as ever.
+
+        Every rank in scope calls this, or none. Costs no message while nothing changes, except at calls 1, 2, 4,
+        8, …, where the gradients of plain copies are compared.
+
+        Raises:
+            OwnershipError, SettingsError, ValueError: on every rank in scope alike.
+        """
+        if torch.compiler.is_compiling():
+            assert self.plan is not None, "clip once outside of torch.compile first: that makes the plan"
+            return self.tensors if tensors is None else tensors
+        self._calls += 1
+        compares = self._calls & (self._calls - 1) == 0
+        current = self._look(parameters, tensors)
+        if current is None:
+            self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms)
+            current = self._plan_anew(parameters)
+            self._calls = 1
+        else:
+            self._require_synchronised(current, compares)
+        if not self._keep:
+            self.groups = None, None
+        return current
+
+    def tensors_of(self, parameters: Parameters) -> list[Tensor]:
+        """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or none."""
+        tensors = self._look(parameters)
+        return self._plan_anew(parameters) if tensors is None else tensors
+
+    def _look(self, parameters: Parameters, tensors: list[Tensor] | None = None) -> list[Tensor] | None:
+        """The tensors, where the plan still holds for them."""
+        if self._witness is not None:
+            tensors = self._witness.tensors(parameters)
+        if self.plan is None or not self._lives_on():
+            return None
+        if tensors is None or self._read is None or self._read.declared.made != _declarations.made:
+            read = _Read(parameters)
+            if self._read is None or not read.same_as(self._read):
+                return None
+            tensors = self._take(parameters, read)
+        plan = self.plan
+        if plan.positions and tensors[plan.positions[0]].device.type != plan.first_device_type:
+            return None
+        if plan.frozen and begun_to_train(tensors, plan.frozen):
+            return None
+        return tensors
+
+    def _lives_on(self) -> bool:
+        """Whether the process group is the one that the plan was made in."""
+        now = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        then = None if self._life is None else self._life()
+        return now is then and (now is None) == (self._life is None)
+
+    # --- what to do where it is not -----------------------------------------------------------------------
+
+    def _tell_others(self, tensors: list[Tensor], compares: bool, param_norms: bool) -> None:
+        """If the other ranks, where nothing has changed for them, wait for this one in the step's message: join the
+        step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
+
+        Raises:
+            OwnershipError: only some do.
+        """
+        if self.plan is None or self.plan.group_name is None or not self._lives_on():
+            return
+        if compares:
+            require_equal_gradients(self.plan, tensors, testify=False)
+        try:
+            self.measure(tensors, param_norms, outdated=True)
+        except OutdatedPlan as news:
+            if not news.everyone:
+                raise OwnershipError(_CHANGED_HERE) from None
+
+    def decline(self, param_norms: bool = False) -> None:
+        """Something that only this rank may have noticed keeps it from the step: the others, who may wait in the
+        step's message, are told there. Then raise."""
+        if self.plan is not None and self.plan.group_name is not None:
+            with contextlib.suppress(OutdatedPlan):
+                self.measure(self.tensors, param_norms, outdated=True)
+
+    def measure(
+        self,
+        tensors: Sequence[Tensor],
+        param_norms: bool = False,
+        factor: Tensor | None = None,
+        loss: Tensor | None = None,
+        *,
+        outdated: bool = False,
+    ) -> tuple[Gradients | None, Norms, Norms | None]:
+        """The gradients (None where they had been measured in backward), the norms that the strategy wants of them
+        and those of the parameters: one all-reduce at most."""
+        assert self.measurement is not None
+        ready = None if self.overlap is None or outdated else self.overlap.sums()
+        gradients = self.measurement.collect(tensors, param_norms) if ready is None else None
+        try:
+            norms, by_parameter = self.measurement.norms(
+                tensors, gradients, param_norms, factor, loss, ready, outdated=outdated
+            )
+        except OutdatedPlan:
+            if outdated:
+                raise
+            raise OwnershipError(_CHANGED_ELSEWHERE) from None
+        return gradients, norms, by_parameter
+
+    def _plan_anew(self, parameters: Parameters) -> list[Tensor]:
+        """Every rank in scope together."""
+        before, (stages, process_group) = self._read, self.groups
+        with torch.inference_mode(False), torch.no_grad():
+            named: list[NamedParameter] = []
+            read, complaint = None, None
+            try:
+                read = _Read(parameters)
+                named = read.named
+                require_gradients_after_backward(named)
+                _require_gradients_in_grad(named)
+                if before is not None:
+                    read.require_declarations_kept(before)
+            except (ValueError, TypeError) as error:
+                complaint = error
+            tensors = [p.tensor for p in named]
+            synchronisation = Synchronisation(
+                [*_modules_of(parameters), *self._watched], tensors, keep=self._keep
+            )
+            self.plan = None
+            plan = build_plan(
+                named,
+                process_group,
+                stages,
+                everyone=self._strategy.uses_loss,
+                averaged=synchronisation.averaged(),
+                settings=settings_of(self._strategy, self._options, with_state=not self._agreed_on_state),
+                complaint=complaint,
+            )
+            assert read is not None
+            measurement = Measurement(plan, self._strategy, tensors, self._accumulate)
+            self._strategy.prepare(plan.every)
+            self._strategy.to(plan.device)
+            if before is not None:
+                _say_what_changed(before.names, read.names)
+            self.plan, self.measurement, self._agreed_on_state = plan, measurement, True
+            world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+            self._life = None if world is None else weakref.ref(world)
+            self._take(parameters, read, synchronisation)
+            self._gather_in_backward(parameters, tensors)
+        self._require_synchronised(tensors, compares=False)
+        return tensors
+
+    def _take(
+        self, parameters: Parameters, read: _Read, synchronisation: Synchronisation | None = None
+    ) -> list[Tensor]:
+        """What was read is what there is now."""
+        tensors = [p.tensor for p in read.named]
+        self._read, self._witness = read, witness_of(parameters) if self._keep else None
+        self._managed = [i for i, t in enumerate(tensors) if hasattr(t, MANAGED)]
+        modules = [*_modules_of(parameters), *self._watched]
+        self._synchronisation = synchronisation or Synchronisation(modules, tensors, keep=self._keep)
+        if self._keep:
+            self.tensors = tensors
+        read.named = []
+        return tensors
+
+    def _gather_in_backward(self, parameters: Parameters, tensors: list[Tensor]) -> None:
+        if self.overlap is not None:
+            self.overlap.remove()
+            self.overlap = None
+        plan = self.plan
+        assert plan is not None
+        if not self._overlaps or plan.partial or any(p.partial for p in plan.placements):
+            return  # those are summed first, after backward
+        modules = _modules_of(parameters)
+        overlap = Overlap(plan, tensors, modules, self._strategy.norm_type, self._accumulate)
+        if overlap.listens:
+            self.overlap = overlap
+            weakref.finalize(self, overlap.remove)
+
+    # --- are the gradients synchronised? --------------------------------------------------------------------
+
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """Modules that synchronise the gradients, beside those in the source."""
+        self._watched = list(modules)
+        self._read = None  # look again
+
+    def synchronisation_of(self, parameters: Parameters) -> Synchronisation:
+        """What synchronises the gradients, also before the first :meth:`make_current`; does not communicate."""
+        if self._read is None:
+            return Synchronisation([*_modules_of(parameters), *self._watched])
+        return self._synchronisation
+
+    def _require_synchronised(self, tensors: Sequence[Tensor], compares: bool) -> None:
+        """
+        Raises:
+            ValueError, OwnershipError: on every rank: the gradients there are now are only this rank's own.
+        """
+        assert self.plan is not None
+        culprit = self._synchronisation.was_off([tensors[i] for i in self._managed])
+        if culprit is not None and culprit != "DDP":
+            raise ValueError(
+                f"the gradients under {culprit} have not been synchronised: the last backward pass ran in "
+                "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
+                "(clipper.accumulate does), then clip."
+            )
+        if culprit == "DDP" or compares:
+            require_equal_gradients(self.plan, tensors)
+
+
+class _Read:
+    """What was read from a source."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.named = named_parameters(parameters)
+        self.names = tuple(p.name for p in self.named)
+        self._places = [(p.name, p.optimizer_group) for p in self.named]
+        self._tensors = [weakref.ref(p.tensor) for p in self.named]
+        self.declared = Declared(self.named)
+        self._declarations = [self.declared.of.get(id(p.tensor)) for p in self.named]
+
+    def same_as(self, before: _Read) -> bool:
+        return (
+            self._places == before._places
+            and all(ref() is p.tensor for ref, p in zip(before._tensors, self.named, strict=True))
+            and self._declarations == before._declarations
+        )
+
+    def require_declarations_kept(self, before: _Read) -> None:
+        """
+        Raises:
+            ValueError: something was declared of a parameter object that another has taken the place of.
+        """
+        for p in self.named:
+            if p.name in before.declared.by_object and id(p.tensor) not in self.declared.of:
+                old = next(d for n, d in zip(before.names, before._declarations, strict=True) if n == p.name)
+                assert old is not None
+                raise ValueError(
+                    f"another parameter has taken the place of {p.name}, of which was {old.label}: declare that "
+                    "of the new one too, or of its module, whose names stay"
+                )
+
+
+_CHANGED_HERE = (
+    "the parameters have changed on this rank (replaced, added, removed, or begun to train), and not on all ranks "
+    "that clip together, which cannot know of it: nothing was clipped. Change them on every rank in the same step, "
+    "or make a new Clipper on every rank then."
+)
+_CHANGED_ELSEWHERE = (
+    "on another rank, which raises too, the parameters have changed (replaced, added, removed, or begun to train), or "
+    "something else keeps it from this step; not so on this rank. Nothing was clipped. Change them on every rank in the same step, or make a new Clipper on every rank then."
+)
+
+
+def _modules_of(parameters: Parameters) -> list[nn.Module]:
+    source: Any = parameters if isinstance(parameters, list | tuple) else [parameters]
+    return [m for m in source if isinstance(m, nn.Module)]
+
+
+def _require_gradients_in_grad(named: Sequence[NamedParameter]) -> None:
+    """
+    Raises:
+        ValueError: gradients are kept where nothing here reads them.
+    """
+    for p in named:
+        for attribute in _OTHER_GRADIENTS if p.tensor.grad is None else ():
+            if isinstance(getattr(p.tensor, attribute, None), Tensor):
+                raise ValueError(
+                    f"{p.name} has its gradient in .{attribute} and none in .grad, which is what is clipped: "
+                    f"set parameter.grad = parameter.{attribute} for each before the clip (Megatron's "
+                    "optimizer.prepare_grads() does), or clip the optimizer's own copies, "
+                    "optimizer.get_parameters()"
+                )
+
+
+def _say_what_changed(before: Sequence[str], now: Sequence[str]) -> None:
+    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    if (gone or new) and (not dist.is_initialized() or dist.get_rank() == 0):
+        parts = [
+            f"{len(names)} {word} ({_listed(names)})"
+            for word, names in (("new", new), ("gone", gone))
+            if names
+        ]
+        logger.info(
+            "the parameters have changed: %s; what was learned of the others goes on", ", ".join(parts)
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if names[3:] else "")
