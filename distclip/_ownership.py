@@ -67,6 +67,7 @@ class Agreement:
             gradient is missing has to join its sum all the same.
         sharded: whether any parameter on any rank is sharded within its stage.
         accelerated: whether any rank has parameters on an accelerator, as far as that was asked.
+        proven: whether all whose gradients are compared have been, with finite gradients on every rank.
         comparable: by parameter index, those whose gradients are compared between ranks; () where that is so
             on every rank, and None where some other rank has any.
     """
@@ -78,6 +79,7 @@ class Agreement:
     sharded: bool = False
     accelerated: bool = False
     comparable: tuple[int, ...] | None = ()
+    proven: bool = True
 
 
 def agree(
@@ -126,6 +128,7 @@ def agree(
         kernels.forgo_triton(devices)
     compared = tuple(i for i in unproven if placements[i].home is None)
     comparable = (compared or None) if compares else ()
+    compared_here = set(compared)
     device = message_device(group, tensors, accelerated=accelerated)
     offset, total = sum(counts[: scope.stage]), sum(counts)
     if total == 0 or not asks:
@@ -146,18 +149,20 @@ def agree(
         dim=1,
     )
     _join_shards(words, placements, unproven)
+    silent = words[:, -1].isnan().tolist()  # no finite gradient to show
+    lacking = [float(i in compared_here and silent[i]) for i in range(len(parameters))]
     codes = [
-        [_partial_code(p.tensor), info.optimizer_group, info.units]
-        for p, info in zip(parameters, infos, strict=True)
+        [_partial_code(p.tensor), info.optimizer_group, info.units, lacks]
+        for p, info, lacks in zip(parameters, infos, lacking, strict=True)
     ]
-    extra = torch.tensor(codes, dtype=torch.float64, device=device).view(-1, 3)
+    extra = torch.tensor(codes, dtype=torch.float64, device="cpu").to(device).view(-1, 4)
     # Each stage fills its own rows. NaN, no evidence, loses against any.
     rows = slice(offset, offset + len(parameters))
-    message = torch.full((2 * words.size(1) + 3, total), -math.inf, dtype=torch.float64, device=device)
+    message = torch.full((2 * words.size(1) + 4, total), -math.inf, dtype=torch.float64, device=device)
     message[:, rows] = torch.cat([words, -words, extra], dim=1).T.nan_to_num(nan=-math.inf)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 3], dim=1)
-    code, group_of, units_of = extra.unbind(dim=1)
+    high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 4], dim=1)
+    code, group_of, units_of, lacks = extra.unbind(dim=1)
 
     fault = _first_fault(high, high + low) or _tie_fault(high)
     if fault is None:
@@ -194,6 +199,7 @@ def agree(
         sharded,
         accelerated,
         comparable,
+        proven=not bool((lacks > 0).any()),
     )
 
 

@@ -107,7 +107,7 @@ class ParameterSet:
             assert self.plan is not None, "clip once outside of torch.compile first: that makes the plan"
             return self.tensors if tensors is None else tensors
         self._calls += 1
-        compares = self._calls & (self._calls - 1) == 0
+        compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
         if current is None:
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms)
@@ -141,6 +141,10 @@ class ParameterSet:
         if plan.frozen and begun_to_train(tensors, plan.frozen):
             return None
         return tensors
+
+    def _is_proven(self) -> bool:
+        """Whether a plan that was made before the first step has compared all gradients that it has to."""
+        return self.plan is not None and self.plan.proven
 
     def _lives_on(self) -> bool:
         """Whether the process group is the one that the plan was made in."""

@@ -46,6 +46,7 @@ class Plan:
         first_device_type: of the first parameter.
         compared: by parameter index, those whose gradients ranks compare now and then; None where only other
             ranks have some, and this one joins.
+        proven: whether all of these had finite gradients on every rank when the plan was made.
     """
 
     parameters: tuple[ParameterInfo, ...]
@@ -61,6 +62,7 @@ class Plan:
     frozen: tuple[int, ...]
     first_device_type: str
     compared: tuple[int, ...] | None = ()
+    proven: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ def build_plan(
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
         first_device_type=tensors[0].device.type if tensors else "cpu",
         compared=agreed.comparable,
+        proven=agreed.proven,
     )
 
 

@@ -151,7 +151,7 @@ class _Entry:
             if (entry := me()) is not None:
                 entry.parameters = None
 
-        self._tensors = [weakref.ref(t, forget) for t in tensors]
+        self._tensors = [weakref.ref(t, forget) for t in tensors if isinstance(t, Tensor)]
 
 
 def _set_of(

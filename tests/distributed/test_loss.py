@@ -33,7 +33,8 @@ def test_one_ranks_spike_skips_the_step_on_all(rank: int) -> list[bool]:
         loss = torch.tensor(2.0 + 0.1 * step + (100.0 if step == 4 and rank == 1 else 0.0))
         with CommDebugMode() as comm:
             report = clipper.clip(loss=loss)
-        assert comm.get_total_counts() == (1 if step else comm.get_total_counts())
+        if step:  # the first makes the plan; copies are compared at the powers of two
+            assert comm.get_total_counts() == 1 + (step + 1 in (2, 4))
         skipped.append(bool(report.skipped))
         assert report.loss is not None
         torch.testing.assert_close(report.loss, torch.tensor(2.0 + 0.1 * step + 50.0 * (step == 4)))

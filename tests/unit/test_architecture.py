@@ -116,7 +116,7 @@ def test_who_talks_to_other_ranks() -> None:
     talking = {part(m) for m in core() if mentions_collectives(m)}
     every_step, planning, on_request = (
         {"_reduction"},
-        {"_ownership", "_scope"},
+        {"_agreement", "_ownership", "_scope"},
         {"_description", "_diagnosis", "_verification"},
     )
     assert talking - on_request == every_step | planning

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import _meter, _slots
+from distclip._gradients import Gradients
 from distclip._transfer import on_device
 from tests import oracle
 
@@ -25,9 +26,16 @@ def _adjacent(parameters: list[nn.Parameter], gap: int = 0) -> None:
         at += p.numel() + gap
 
 
+def collected(clipper: distclip.Clipper) -> Gradients:
+    _ = clipper.plan
+    measurement = clipper._parameters.measurement
+    assert measurement is not None
+    return measurement.collect(clipper.tensors)
+
+
 def _tensors(clipper: distclip.Clipper) -> list[list[int]]:
     """The sizes of what is measured, by bucket."""
-    return [[t.numel() for t in bucket.tensors] for bucket in clipper._measured.collect().buckets]
+    return [[t.numel() for t in bucket.tensors] for bucket in collected(clipper).buckets]
 
 
 def _check(clipper: distclip.Clipper, parameters: list[nn.Parameter]) -> None:
@@ -145,7 +153,7 @@ def test_runs_come_in_the_order_of_parameters(monkeypatch: pytest.MonkeyPatch) -
     for call in range(9):  # all are looked at anew at calls 1, 2, 4 and 8
         ordered = sorted(parameters, key=lambda p: hash((call, p.numel())))
         _adjacent(ordered, gap=1)
-        for bucket in clipper._measured.collect().buckets:
+        for bucket in collected(clipper).buckets:
             assert bucket.parameters == [0, 1, 2, 3, 4, 5]
         _check_each(clipper, parameters)
     assert len(brought) == 3  # the shares, the slots, and those of all parameters
