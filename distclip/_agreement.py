@@ -43,6 +43,7 @@ def agree_on_settings(
     settings: Mapping[str, str],
     infos: Sequence[ParameterInfo],
     placements: Sequence[Placement],
+    places: Sequence[tuple[int, str]] | None,
     here: Sequence[bool],
     complaint: str | None,
     scope: Scope,
@@ -52,6 +53,7 @@ def agree_on_settings(
 
     Args:
         settings: what is to be the same on every rank, in words; of the keys in ``_FIELDS``.
+        places: of parameters that came without names, where they stand in their module, and what they are called.
         here: facts of this rank, for ``anywhere``.
         complaint: what this rank has found wrong already, or None.
 
@@ -62,7 +64,7 @@ def agree_on_settings(
     assert group is not None
     told = {**settings, "stages": f"{scope.num_stages} pipeline stage(s)"}
     words = [told.get(name, "") for name in _FIELDS]
-    lists = [str(len(infos)), _names(infos, placements), _shapes(infos, placements)]
+    lists = [str(len(infos)), _names(infos, placements, places), _shapes(infos, placements)]
     # The lists of other stages differ: theirs are compared in the second message.
     hashes = [*map(_hash, words), *([0.0] * 3 if scope.stages else map(_hash, lists))]
     complains = -math.inf if complaint is None else -float(dist.get_rank())
@@ -89,7 +91,9 @@ def agree_on_settings(
     else:
         k = len(_FIELDS)
         if high[k:] != low[k:]:
-            raise OwnershipError(_difference(infos, placements, round(most), round(-least), group, device))
+            raise OwnershipError(
+                _difference(infos, placements, places, round(most), round(-least), group, device)
+            )
         counts = [len(infos)]
     return Listed(counts, list(map(bool, anywhere)))
 
@@ -101,11 +105,14 @@ _HEADLINES = {
     "stages": "stages=",
 }
 
-_REMEDY = (
-    "Pass all parameters on every rank, in the same order (a missing gradient counts as zero, so do not filter "
-    "by `p.grad is not None`). Pipeline stages: pass stages=. Shards or experts of each rank's own: "
-    "distclip.declare(parameter, sharded_over=group). Other models on other ranks: pass process_group=."
-)
+REMEDIES = """\
+Say what it is:
+  (a) parameters managed by FSDP1: pass the FSDP module itself instead of its parameters;
+  (b) shards or experts of its own on every rank: distclip.declare(parameter, sharded_over=group);
+  (c) pipeline stages: pass stages=group;
+  (d) other ranks train other models: pass process_group= with the ranks of this one."""
+
+_ALL_OF_THEM = "Pass all parameters on every rank, in one order (a missing gradient counts as zero, so do not filter by `p.grad is not None`)."
 
 
 def _counts_of_stages(
@@ -124,7 +131,7 @@ def _counts_of_stages(
                 figures = f": {-low:.0f} on some, {high:.0f} on others" if i == 0 else ""
                 raise OwnershipError(
                     f"ranks of stage {stage} pass different parameters ({what}{figures}); {lists[0]} on rank "
-                    f"{dist.get_rank()}. {_REMEDY}"
+                    f"{dist.get_rank()}. {_ALL_OF_THEM} {REMEDIES}"
                 )
     return [round(c) for c in rows[0]]
 
@@ -132,6 +139,7 @@ def _counts_of_stages(
 def _difference(
     infos: Sequence[ParameterInfo],
     placements: Sequence[Placement],
+    places: Sequence[tuple[int, str]] | None,
     most: int,
     least: int,
     group: dist.ProcessGroup,
@@ -139,28 +147,38 @@ def _difference(
 ) -> str:
     """Where the lists of ranks differ first. All ranks call this."""
     said = [_entry(info, p) for info, p in zip(infos, placements, strict=True)]
-    hashes = list(map(_hash, said[:least]))
+    told = said
+    if places is not None:
+        told = [f"{text} {k}" for text, (k, _) in zip(said, places, strict=True)]
+        said = [f"{text} ({name})" for text, (_, name) in zip(said, places, strict=True)]
+    hashes = list(map(_hash, told[:least]))
     found = _maximum([*hashes, *(-h for h in hashes)], group, device)
     differing = next((i for i in range(least) if found[i] != -found[least + i]), least)
     own = said[differing] if differing < len(said) else None
-    top = own if differing == least or _hash(own or "") == found[differing] else None
-    bottom = None if differing == least else own if _hash(own or "") == -found[least + differing] else None
+    mine = _hash(told[differing]) if own is not None else 0.0
+    top = own if differing == least or mine == found[differing] else None
+    bottom = own if differing < least and mine == -found[least + differing] else None
     one, other = _quotations([top, bottom], group, device)
     counts = f"different numbers of parameters: {least} on some, {most} on others, {len(infos)} on rank "
     if most == least:
-        counts = "different parameters (or in another order); seen from rank "
+        counts = "different parameters, or in another order; seen on rank "
     where = f"Number {differing} is {one} on some ranks, and " + (
         f"{other} on others." if other else "missing on others."
     )
-    return f"ranks pass {counts}{dist.get_rank()}. {where} {_REMEDY}"
+    return f"ranks pass {counts}{dist.get_rank()}. {where} {_ALL_OF_THEM} {REMEDIES}"
 
 
 def _entry(info: ParameterInfo, placement: Placement) -> str:
     return f"{_name(info, placement)!r} of shape {_shape(info, placement)}"
 
 
-def _names(infos: Sequence[ParameterInfo], placements: Sequence[Placement]) -> str:
-    return "\n".join(map(_name, infos, placements))
+def _names(
+    infos: Sequence[ParameterInfo],
+    placements: Sequence[Placement],
+    places: Sequence[tuple[int, str]] | None,
+) -> str:
+    order = "" if places is None else f"\n{[k for k, _ in places]}"
+    return "\n".join(map(_name, infos, placements)) + order
 
 
 def _shapes(infos: Sequence[ParameterInfo], placements: Sequence[Placement]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from distclip import _kernels as kernels
-from distclip._agreement import agree_on_settings
+from distclip._agreement import REMEDIES, agree_on_settings
 from distclip._arrival import meet
 from distclip._fingerprint import EXACT, TOLERANCE, WORDS, fingerprints
 from distclip._parameters import NamedParameter, ParameterInfo
@@ -44,13 +44,6 @@ _COLUMNS = (
 )
 _NAME_BYTES = 120
 _MOST_TIED = 1024  # stages that one parameter can be tied over
-
-_REMEDIES = """\
-Say what it is:
-  (a) parameters managed by FSDP1: pass the FSDP module itself instead of its parameters;
-  (b) shards or experts of its own on every rank: distclip.declare(parameter, sharded_over=group);
-  (c) pipeline stages: pass stages=group;
-  (d) other ranks train other models: pass process_group= with the ranks of this one."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +81,7 @@ def agree(
     placements: Sequence[Placement],
     scope: Scope,
     settings: Mapping[str, str],
+    places: Sequence[tuple[int, str]] | None = None,
     complaint: str | None = None,
 ) -> Agreement:
     """Check on every rank together that the parameters mean the same thing everywhere, and the settings are one.
@@ -118,15 +112,15 @@ def agree(
         not kernels.all_in_triton(devices),
         any(d.type != "cpu" for d in devices),
         bool(unproven or replicated or scope.stages),
-        any(placements[i].home is None for i in unproven),
+        any(_tells_by_gradient(placements[i]) for i in unproven),
     )
     listed = agree_on_settings(
-        settings, infos, placements, here, complaint, scope, first_message_device(group, tensors)
+        settings, infos, placements, places, here, complaint, scope, first_message_device(group, tensors)
     )
     counts, (sharded, lacking, accelerated, asks, compares) = listed.counts, listed.anywhere
     if lacking:
         kernels.forgo_triton(devices)
-    compared = tuple(i for i in unproven if placements[i].home is None)
+    compared = tuple(i for i in unproven if _tells_by_gradient(placements[i]))
     comparable = (compared or None) if compares else ()
     compared_here = set(compared)
     device = message_device(group, tensors, accelerated=accelerated)
@@ -150,10 +144,10 @@ def agree(
     )
     _join_shards(words, placements, unproven)
     silent = words[:, -1].isnan().tolist()  # no finite gradient to show
-    lacking = [float(i in compared_here and silent[i]) for i in range(len(parameters))]
+    lacks_here = [float(i in compared_here and silent[i]) for i in range(len(parameters))]
     codes = [
         [_partial_code(p.tensor), info.optimizer_group, info.units, lacks]
-        for p, info, lacks in zip(parameters, infos, lacking, strict=True)
+        for p, info, lacks in zip(parameters, infos, lacks_here, strict=True)
     ]
     extra = torch.tensor(codes, dtype=torch.float64, device="cpu").to(device).view(-1, 4)
     # Each stage fills its own rows. NaN, no evidence, loses against any.
@@ -203,6 +197,11 @@ def agree(
     )
 
 
+def _tells_by_gradient(placement: Placement) -> bool:
+    """Whether its gradients should be the same on all ranks that hold copies, as backward leaves them."""
+    return placement.home is None and not placement.partial and not placement.shards
+
+
 def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str]) -> None:
     """One log line where copies differ by rounding: training goes on, but somebody should look."""
     apart = spread.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -226,9 +225,7 @@ def require_equal_gradients(
     *,
     testify: bool = True,
 ) -> None:
-    """Compare the gradients of plain copies between ranks, as they are now.
-
-    One all-reduce, and one for each axis that compared parameters are declared sharded over.
+    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce.
 
     ``names``: of the parameters of all stages; ``rows``: where these stand among them;
     ``compared``: by parameter index; ``device``: the plan's; ``testify``: False only joins.
@@ -241,9 +238,6 @@ def require_equal_gradients(
         return
     parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
     prints = _fingerprints(parameters, placements, compared if testify else (), _settled_gradient, device)
-    words = torch.cat([torch.zeros(len(parameters), 3, dtype=torch.float64, device=device), prints], dim=1)
-    _join_shards(words, placements, compared)
-    prints = words[:, 3:]
     message = torch.full((2 * WORDS, len(names)), -math.inf, dtype=torch.float64, device=device)
     message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
@@ -255,7 +249,7 @@ def require_equal_gradients(
             f"the gradient of parameter {names[differing[0]]!r} differs between ranks that should hold copies of "
             f"it{more}. If these are replicas, it has not been synchronised: synchronise in the last micro-batch "
             "(clipper.accumulate does), after no_sync() and set_requires_gradient_sync(False), then clip. "
-            f"Otherwise they are no replicas. {_REMEDIES}"
+            f"Otherwise they are no replicas. {REMEDIES}"
         )
     _say_how_far_apart(spread.T, lambda row: repr(names[row]))
 
@@ -355,11 +349,11 @@ def _explain(
             f"the gradient of {shown} differs between ranks that should hold copies of it, though its value "
             f"is the same.{others} If these are replicas, their gradients have not been synchronised: clip "
             "outside no_sync(), after the last micro-batch, and wrap the model in DDP or FSDP (or declare "
-            f"partial_over= and leave the sum to distclip). Otherwise they are no replicas. {_REMEDIES}"
+            f"partial_over= and leave the sum to distclip). Otherwise they are no replicas. {REMEDIES}"
         )
     return (
         f"the {what} of {shown} differs between ranks that should hold copies of it ({scope.size} ranks are "
-        f"in scope).{others} {_REMEDIES}"
+        f"in scope).{others} {REMEDIES}"
     )
 
 

@@ -103,15 +103,14 @@ class ParameterSet:
         Raises:
             OwnershipError, SettingsError, ValueError: on every rank in scope alike.
         """
-        if torch.compiler.is_compiling():
-            assert self.plan is not None, "clip once outside of torch.compile first: that makes the plan"
+        if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
         self._calls += 1
         compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
         if current is None:
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms)
-            current = self._plan_anew(parameters)
+            current = self._plan_anew(parameters, param_norms)
             self._calls = 1
         else:
             self._require_synchronised(current, compares)
@@ -202,7 +201,7 @@ class ParameterSet:
             raise OwnershipError(_CHANGED_ELSEWHERE) from None
         return gradients, norms, by_parameter
 
-    def _plan_anew(self, parameters: Parameters) -> list[Tensor]:
+    def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
         with torch.inference_mode(False), torch.no_grad():
@@ -227,6 +226,7 @@ class ParameterSet:
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
+                ordered=param_norms or _tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
                 settings=settings_of(self._strategy, self._options, with_state=not self._agreed_on_state),
                 complaint=complaint,
@@ -345,6 +345,11 @@ _CHANGED_ELSEWHERE = (
     "on another rank, which raises too, the parameters have changed (replaced, added, removed, or begun to train), or "
     "something else keeps it from this step; not so on this rank. Nothing was clipped. Change them on every rank in the same step, or make a new Clipper on every rank then."
 )
+
+
+def _tells_apart(strategy: Strategy) -> bool:
+    """Whether which parameter is which matters to it."""
+    return strategy.per_parameter or strategy.per_unit or len(strategy.groups) > 1
 
 
 def _modules_of(parameters: Parameters) -> list[nn.Module]:

@@ -170,6 +170,29 @@ def _walk_module(prefix: str, module: nn.Module) -> Iterator[NamedParameter]:
                 yield NamedParameter(path + name, tensor)
 
 
+def order_in_modules(tensors: Sequence[Tensor]) -> list[tuple[int, str]] | None:
+    """Of tensors that came as a bare list: which of them each is in the order of the module that holds them all,
+    and its name there; None where there is no such module, or no two tensors could be taken for each other.
+
+    So ranks can tell that their lists are in another order, though every list calls its first ``parameters[0]``.
+    (The module is found by the garbage collector; its outer wrappers, which may differ, change no order.)
+    """
+    kinds = {(t.shape, t.dtype) for t in tensors}
+    if len(kinds) == len(tensors):
+        return None
+    wanted = {id(t) for t in tensors}
+    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    inside = {id(child) for module in modules for child in module._modules.values()}
+    for module in modules:
+        if id(module) in inside:
+            continue
+        named = [p for p in walk_modules([module]) if id(p.tensor) in wanted]
+        if len(named) == len(wanted):
+            place = {id(p.tensor): (k, p.name) for k, p in enumerate(named)}
+            return [place[id(t)] for t in tensors]
+    return None
+
+
 class _GivenNames:
     """Names that the program has read itself, from ``named_parameters()`` of a wrapped module say."""
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import _ownership
 from distclip._declarations import Declared
 from distclip._ownership import agree
-from distclip._parameters import NamedParameter, ParameterInfo
+from distclip._parameters import NamedParameter, ParameterInfo, order_in_modules
 from distclip._placement import Axis, Placement, PlacementReader, distinct, resolve_group
 from distclip._scope import Scope, find_scope, message_device
 
@@ -81,6 +81,7 @@ def build_plan(
     *,
     alone: bool = False,
     everyone: bool = False,
+    ordered: bool = False,
     averaged: Mapping[int, Axis] | None = None,
     settings: Mapping[str, str] | None = None,
     complaint: Exception | None = None,
@@ -89,7 +90,7 @@ def build_plan(
 
     ``alone`` plans what needs no other rank, and does not talk: elementwise changes. ``everyone`` reduces
     over the whole scope, replicas too: for what differs between ranks that hold the same parameters.
-    ``averaged``: by the id of a parameter, the group of its DDP module. ``settings``: what is to be the same on
+    ``ordered``: what is measured depends on which is which. ``averaged``: by the id of a parameter, the group of its DDP module. ``settings``: what is to be the same on
     all ranks. ``complaint``: what has been found wrong on this rank, to be raised on all.
 
     Raises:
@@ -116,10 +117,11 @@ def build_plan(
     scope = Scope((0,)) if alone else find_scope(homes, process_group, stages)
     if complaint is not None:
         if scope.size > 1:
-            agree([], [], [], scope, settings or {}, f"{type(complaint).__name__}: {complaint}")
+            agree([], [], [], scope, settings or {}, None, f"{type(complaint).__name__}: {complaint}")
         raise complaint
     tensors = [p.tensor for p in parameters]
-    agreed = agree(parameters, infos, placements, scope, settings or {})
+    places = order_in_modules(tensors) if ordered and scope.size > 1 and _are_bare(infos) else None
+    agreed = agree(parameters, infos, placements, scope, settings or {}, places)
     if everyone and scope.size > 1:
         group, size = scope.group(), scope.size
     else:
@@ -145,6 +147,10 @@ def build_plan(
     )
 
 
+def _are_bare(infos: Sequence[ParameterInfo]) -> bool:
+    return any(info.name.startswith(("parameters[", "param_groups[")) for info in infos)
+
+
 def _told_apart(infos: Iterable[ParameterInfo]) -> tuple[ParameterInfo, ...]:
     """Two models, or pipeline stages, may use the same names: the second to come is ``name#2``."""
     seen: Counter[str] = Counter()
@@ -157,8 +163,8 @@ def _told_apart(infos: Iterable[ParameterInfo]) -> tuple[ParameterInfo, ...]:
 
 
 def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor], *, testify: bool = True) -> None:
-    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce (and one for each
-    axis that such are declared sharded over); none where no rank has any.
+    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce; none
+    where no rank has any.
 
     ``testify``: False only joins the others.
 

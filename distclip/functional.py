@@ -166,7 +166,7 @@ def _set_of(
     groups = (_name_of(stages, "stages"), _name_of(process_group, "process_group"))
     key = (norm_type, *groups, *map(id, tensors))
     entry = _known.get(key)
-    if not torch.compiler.is_compiling():
+    if entry is None or not torch.compiler.is_compiling():
         with _lock:
             if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
                 entry = _Entry(key, tensors, norm_type, policy)
@@ -176,7 +176,6 @@ def _set_of(
                     if _known.get(oldest.key) is oldest:
                         del _known[oldest.key]
             _order.move_to_end(entry.number)
-    assert entry is not None, "clip once outside of torch.compile first: that makes the plan"
     known = entry.parameters
     assert known is not None  # the caller holds its tensors
     known.groups = stages, process_group

@@ -51,6 +51,8 @@ class Case:
 
     @property
     def named(self) -> dict[str, Tensor]:
+        if isinstance(self.parameters, DistributedDataParallel):
+            return dict(self.parameters.module.named_parameters())  # the user's own names
         if isinstance(self.parameters, nn.Module):
             return dict(self.parameters.named_parameters())
         return dict(self.parameters)

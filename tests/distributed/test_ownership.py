@@ -120,7 +120,7 @@ def test_plain_parameters_that_differ(rank: int, differ: str) -> None:
 
 @on_ranks(2)
 def test_a_difference_in_count(rank: int) -> None:
-    refused(replicas()[: 2 + rank], "2 on some, 3 on others", f"{2 + rank} on rank {rank}")
+    refused(replicas()[: 2 + rank], "Number 2 is", "2 on some, 3 on others", f"{2 + rank} on rank {rank}")
 
 
 @on_ranks(4)
