@@ -228,7 +228,7 @@ class ParameterSet:
                 everyone=self._strategy.uses_loss,
                 ordered=param_norms or _tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
-                settings=settings_of(self._strategy, self._options, with_state=not self._agreed_on_state),
+                settings=self._settings(),
                 complaint=complaint,
             )
             assert read is not None
@@ -244,6 +244,11 @@ class ParameterSet:
             self._gather_in_backward(parameters, tensors)
         self._require_synchronised(tensors, compares=False)
         return tensors
+
+    def _settings(self) -> dict[str, str]:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return {}
+        return settings_of(self._strategy, self._options, with_state=not self._agreed_on_state)
 
     def _take(
         self, parameters: Parameters, read: _Read, synchronisation: Synchronisation | None = None

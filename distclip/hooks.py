@@ -46,6 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
 from distclip._averaging import after_averaging
+from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import PlacementReader
@@ -178,8 +179,9 @@ def require_whole(model: DistributedDataParallel) -> None:
     Raises:
         ValueError: a rank holds only a part of a parameter, so its norm would need other ranks.
     """
-    read = PlacementReader()
-    for name, parameter in model.named_parameters():
+    named = named_parameters(model)
+    read = PlacementReader(Declared(named).of)
+    for name, parameter, _ in named:
         placement = read(name, parameter)
         if placement.shards or placement.partial or placement.tied:
             raise ValueError(

@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip._optimizer_step import readable
 from tests import oracle
+from tests.counting import compares
 from tests.harness import on_ranks, on_row
 from tests.layouts import mesh1, mesh2
 from tests.training.spread import (
@@ -280,12 +281,12 @@ def test_unscaled_by_us_then_torchs_order_of_calls(row: str) -> list[float]:
     clipper = distclip.Clipper(spread.model, distclip.GlobalNorm(2.0), **spread.kwargs)
     assert clipper.plan is not None
     found = []
-    for seed, value in seeds(bad):
+    for step, (seed, value) in enumerate(seeds(bad)):
         opt.zero_grad()
         spread.backward(seed, scaler.scale, value)
         with CommDebugMode() as comm:
             distclip.unscale_(scaler, opt, clipper)
-        assert comm.get_total_counts() == ROWS[row].collectives
+        assert comm.get_total_counts() == ROWS[row].collectives + compares(clipper, 2 * step + 1)
         clipper.clip()
         scaler.step(opt)
         scaler.update()

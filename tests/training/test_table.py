@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
+from tests.counting import compares
 from tests.harness import on_row
 from tests.training.spread import OPTIMIZERS, ROWS, SCALERS, built, kind, seeds, trained_alone, unchanged
 
@@ -51,12 +52,12 @@ def test_cell(row: str, apply: str, scaler: str) -> tuple[list[Step], float]:
     clipper = distclip.Clipper(spread.model, distclip.GlobalNorm(MAX_NORM), apply=apply, **spread.kwargs)  # type: ignore[arg-type]
     assert clipper.plan is not None  # made outside the count
     steps = []
-    for (seed, bad), norm, scale in zip(seeds(STEPS), norms, scales(), strict=True):
+    for call, ((seed, bad), norm, scale) in enumerate(zip(seeds(STEPS), norms, scales(), strict=True), 1):
         opt.zero_grad()
         spread.backward(seed, sc.scale if sc else unchanged, bad)
         with CommDebugMode() as comm:
             report = clipper.step(opt, sc)
-        assert comm.get_total_counts() == ROWS[row].collectives
+        assert comm.get_total_counts() == ROWS[row].collectives + compares(clipper, call)
         assert report.skipped.item() == report.nonfinite.item() == (bad is not None)
         assert report.clipped.item() == (bad is None)  # not vacuous
         if bad is None:
