@@ -10,8 +10,14 @@ from distclip._norms import Norms
 from distclip._report import ClipReport
 from distclip._version import __version__ as __version__
 from distclip.clipper import Clipper
-from distclip.errors import DistclipError, NonFiniteError, OwnershipError
-from distclip.functional import clip_grad_norm_, clip_grad_value_, total_grad_norm
+from distclip.errors import DistclipError, NonFiniteError, OwnershipError, SettingsError
+from distclip.functional import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+    total_grad_norm,
+)
 from distclip.monitor.history import History
 from distclip.ownership import declare
 from distclip.strategies import (
@@ -54,6 +60,7 @@ __all__ = [
     "Percentile",
     "SPAM",
     "Scale",
+    "SettingsError",
     "SkipSpikes",
     "Strategy",
     "Then",
@@ -62,7 +69,9 @@ __all__ = [
     "ZClip",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clip_grads_with_norm_",
     "declare",
+    "get_total_norm",
     "hooks",
     "total_grad_norm",
     "unscale_",

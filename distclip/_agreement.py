@@ -1,7 +1,7 @@
 """Are all ranks configured alike, and do they pass the same parameters?
 
-The first message of every plan of more than one rank: a maximum over hashes and their negatives, of a size that
-depends on nothing. What differs is then quoted from both sides, in the same error on every rank. So is
+The first message of every plan of more than one rank: a maximum over hashes and their negatives, of a size
+that depends on nothing. What differs is then quoted from both sides, in the same error on every rank. So is
 whatever one rank finds wrong on its own, which would otherwise leave the others waiting.
 """
 
@@ -53,8 +53,8 @@ def agree_on_settings(
 
     Args:
         settings: what is to be the same on every rank, in words; of the keys in ``_FIELDS``.
-        places: of parameters that came without names, where they stand in their module, and what they are called.
-        here: facts of this rank, for ``anywhere``.
+        places: of parameters that came without names, where they stand in their module, and what they are
+        called. here: facts of this rank, for ``anywhere``.
         complaint: what this rank has found wrong already, or None.
 
     Raises:
@@ -83,8 +83,9 @@ def agree_on_settings(
             sides = [words[i] if hashes[i] == side[i] else None for side in (high, low)]
             one, other = _quotations(sides, group, device)
             raise SettingsError(
-                f"ranks are configured differently: {_HEADLINES[name]} is\n  {one}\non some, and\n  {other}\non "
-                f"others (rank {dist.get_rank()}: {words[i][:_QUOTED]}). Give every rank the same."
+                f"ranks are configured differently: {_HEADLINES[name]} is\n  {one}\non some, and\n  "
+                f"{other}\non others (rank {dist.get_rank()}: {words[i][:_QUOTED]}). Give every rank the "
+                "same."
             )
     if scope.stages is not None:
         counts = _counts_of_stages(lists, scope, group, device)
@@ -112,7 +113,10 @@ Say what it is:
   (c) pipeline stages: pass stages=group;
   (d) other ranks train other models: pass process_group= with the ranks of this one."""
 
-_ALL_OF_THEM = "Pass all parameters on every rank, in one order (a missing gradient counts as zero, so do not filter by `p.grad is not None`)."
+_ALL_OF_THEM = (
+    "Pass all parameters on every rank, in one order (a missing gradient counts as zero, so do not filter by "
+    "`p.grad is not None`)."
+)
 
 
 def _counts_of_stages(

@@ -1,7 +1,8 @@
-"""Ranks meet before a plan's first collective, in the store of the process group, so that nobody waits in silence.
+"""Ranks meet before a plan's first collective, in the store of the process group, so that nobody waits in
+silence.
 
-A collective that not all ranks join never returns, and says nothing. Here each notes that it has come, and one
-that waits for others says for which. Once the plan stands the store is not asked any more.
+A collective that not all ranks join never returns, and says nothing. Here each notes that it has come, and
+one that waits for others says for which. Once the plan stands the store is not asked any more.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> st
     shown = ", ".join(map(repr, names[:2])) + (", …" if names[2:] else "")
     return (
         f"rank {dist.get_rank()} has waited {waited:.0f} s to plan the clipping of {len(names)} parameter(s) "
-        f"({shown}) together with rank(s) {ranks}, which have not come. Mostly clip() (or describe(), or another "
-        "function that all ranks call) is called on some ranks only, the parameters were changed on this rank "
-        "alone, or those ranks train another model: then pass process_group= with the ranks of this one."
+        f"({shown}) together with rank(s) {ranks}, which have not come. Mostly clip() (or describe(), or "
+        "another function that all ranks call) is called on some ranks only, the parameters were changed on "
+        "this rank alone, or those ranks train another model: then pass process_group= with the ranks of "
+        "this one."
     )
 
 

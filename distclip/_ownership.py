@@ -84,7 +84,8 @@ def agree(
     places: Sequence[tuple[int, str]] | None = None,
     complaint: str | None = None,
 ) -> Agreement:
-    """Check on every rank together that the parameters mean the same thing everywhere, and the settings are one.
+    """Check on every rank together that the parameters mean the same thing everywhere, and the settings are
+    one.
 
     One message of a fixed size; more where there is something to ask: several stages, a plain or declared
     parameter, a DTensor whose mesh does not cover the scope, or one that is replicated along some axis
@@ -160,12 +161,12 @@ def agree(
 
     fault = _first_fault(high, high + low) or _tie_fault(high)
     if fault is None:
-        _say_how_far_apart(
-            (high + low)[:, 3:],
-            lambda row: (
-                repr(names[row - offset]) if offset <= row < offset + len(names) else "one of another stage"
-            ),
-        )
+
+        def name_of(row: int) -> str:
+            own = offset <= row < offset + len(parameters)
+            return repr(parameters[row - offset].name) if own else "one of another stage"
+
+        _say_how_far_apart((high + low)[:, 3:], name_of, scope)
     names = names if scope.stages is None else _all_names(names, offset, total, group, device)
     if fault is not None:
         what, differing = fault
@@ -202,15 +203,16 @@ def _tells_by_gradient(placement: Placement) -> bool:
     return placement.home is None and not placement.partial and not placement.shards
 
 
-def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str]) -> None:
+def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str], scope: Scope) -> None:
     """One log line where copies differ by rounding: training goes on, but somebody should look."""
     apart = spread.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    if apart.numel() and float(apart.amax()) > EXACT and dist.get_rank() == 0:
+    if apart.numel() and float(apart.amax()) > EXACT and dist.get_rank() == scope.ranks[0]:
         row = int(apart.amax(dim=1).argmax())
         logger.warning(
-            "copies of parameter %s on different ranks are not equal to the last bit: they, or their gradients, "
-            "differ by about %.1g (relative). So little is taken for rounding. If it grows, look for what ranks "
-            "compute in another order, and for gradients that nobody synchronises.", name_of(row), float(apart[row].amax()),
+            "copies of parameter %s on different ranks are not equal to the last bit: they, or their "
+            "gradients, differ by about %.1g (relative). So little is taken for rounding. If it grows, look "
+            "for what ranks compute in another order, and for gradients that nobody synchronises.",
+            name_of(row), float(apart[row].amax()),
         )  # fmt: skip
 
 
@@ -246,12 +248,12 @@ def require_equal_gradients(
     if differing:
         more = f" ({len(differing)} parameters are affected)" if len(differing) > 1 else ""
         raise OwnershipError(
-            f"the gradient of parameter {names[differing[0]]!r} differs between ranks that should hold copies of "
-            f"it{more}. If these are replicas, it has not been synchronised: synchronise in the last micro-batch "
-            "(clipper.accumulate does), after no_sync() and set_requires_gradient_sync(False), then clip. "
-            f"Otherwise they are no replicas. {REMEDIES}"
+            f"the gradient of parameter {names[differing[0]]!r} differs between ranks that should hold "
+            f"copies of it{more}. If these are replicas, it has not been synchronised: synchronise in the "
+            "last micro-batch (clipper.accumulate does), after no_sync() and "
+            f"set_requires_gradient_sync(False), then clip. Otherwise they are no replicas. {REMEDIES}"
         )
-    _say_how_far_apart(spread.T, lambda row: repr(names[row]))
+    _say_how_far_apart(spread.T, lambda row: repr(names[row]), scope)
 
 
 def _facts(

@@ -1,11 +1,12 @@
-"""The parameters that are clipped together: where they come from, how they lie over ranks, how they are measured.
+"""The parameters that are clipped together: where they come from, how they lie over ranks, how they are
+measured.
 
 Programs change their parameters after the first clip. So everything that is known of them lives here, and one
-method, :meth:`ParameterSet.make_current`, looks whether it still holds. What makes it stale is what the program
-does alike on all ranks: a module's dictionaries, an optimizer's groups, ``requires_grad``, the kind of device, a
-new declaration, another life of the process group. Where ranks have a collective in every step they tell each
-other in it, and plan anew together or raise together; where they have none (replicas), a rank that changed alone
-waits for the others in ``_arrival`` and says so.
+method, :meth:`ParameterSet.make_current`, looks whether it still holds. What makes it stale is what the
+program does alike on all ranks: a module's dictionaries, an optimizer's groups, ``requires_grad``, the kind
+of device, a new declaration, another life of the process group. Where ranks have a collective in every step
+they tell each other in it, and plan anew together or raise together; where they have none (replicas), a rank
+that changed alone waits for the others in ``_arrival`` and says so.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class ParameterSet:
 
         ``tensors``: those, where the source is not kept and they are known to be the same as ever.
 
-        Every rank in scope calls this, or none. Costs no message while nothing changes, except at calls 1, 2, 4,
-        8, …, where the gradients of plain copies are compared.
+        Every rank in scope calls this, or none. Costs no message while nothing changes, except at calls 1, 2,
+        4, 8, …, where the gradients of plain copies are compared.
 
         Raises:
             OwnershipError, SettingsError, ValueError: on every rank in scope alike.
@@ -119,7 +120,8 @@ class ParameterSet:
         return current
 
     def tensors_of(self, parameters: Parameters) -> list[Tensor]:
-        """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or none."""
+        """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or
+        none."""
         tensors = self._look(parameters)
         return self._plan_anew(parameters) if tensors is None else tensors
 
@@ -154,8 +156,8 @@ class ParameterSet:
     # --- what to do where it is not -----------------------------------------------------------------------
 
     def _tell_others(self, tensors: list[Tensor], compares: bool, param_norms: bool) -> None:
-        """If the other ranks, where nothing has changed for them, wait for this one in the step's message: join the
-        step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
+        """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
+        join the step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
 
         Raises:
             OwnershipError: only some do.
@@ -171,8 +173,8 @@ class ParameterSet:
                 raise OwnershipError(_CHANGED_HERE) from None
 
     def decline(self, param_norms: bool = False) -> None:
-        """Something that only this rank may have noticed keeps it from the step: the others, who may wait in the
-        step's message, are told there. Then raise."""
+        """Something that only this rank may have noticed keeps it from the step: the others, who may wait in
+        the step's message, are told there. Then raise."""
         if self.plan is not None and self.plan.group_name is not None:
             with contextlib.suppress(OutdatedPlan):
                 self.measure(self.tensors, param_norms, outdated=True)
@@ -186,8 +188,8 @@ class ParameterSet:
         *,
         outdated: bool = False,
     ) -> tuple[Gradients | None, Norms, Norms | None]:
-        """The gradients (None where they had been measured in backward), the norms that the strategy wants of them
-        and those of the parameters: one all-reduce at most."""
+        """The gradients (None where they had been measured in backward), the norms that the strategy wants of
+        them and those of the parameters: one all-reduce at most."""
         assert self.measurement is not None
         ready = None if self.overlap is None or outdated else self.overlap.sums()
         gradients = self.measurement.collect(tensors, param_norms) if ready is None else None
@@ -286,7 +288,8 @@ class ParameterSet:
         self._read = None  # look again
 
     def synchronisation_of(self, parameters: Parameters) -> Synchronisation:
-        """What synchronises the gradients, also before the first :meth:`make_current`; does not communicate."""
+        """What synchronises the gradients, also before the first :meth:`make_current`; does not
+        communicate."""
         if self._read is None:
             return Synchronisation([*_modules_of(parameters), *self._watched])
         return self._synchronisation
@@ -336,19 +339,20 @@ class _Read:
                 old = next(d for n, d in zip(before.names, before._declarations, strict=True) if n == p.name)
                 assert old is not None
                 raise ValueError(
-                    f"another parameter has taken the place of {p.name}, of which was {old.label}: declare that "
-                    "of the new one too, or of its module, whose names stay"
+                    f"another parameter has taken the place of {p.name}, of which was {old.label}: declare "
+                    "that of the new one too, or of its module, whose names stay"
                 )
 
 
 _CHANGED_HERE = (
-    "the parameters have changed on this rank (replaced, added, removed, or begun to train), and not on all ranks "
-    "that clip together, which cannot know of it: nothing was clipped. Change them on every rank in the same step, "
-    "or make a new Clipper on every rank then."
+    "the parameters have changed on this rank (replaced, added, removed, or begun to train), and not on all "
+    "ranks that clip together, which cannot know of it: nothing was clipped. Change them on every rank in "
+    "the same step, or make a new Clipper on every rank then."
 )
 _CHANGED_ELSEWHERE = (
-    "on another rank, which raises too, the parameters have changed (replaced, added, removed, or begun to train), or "
-    "something else keeps it from this step; not so on this rank. Nothing was clipped. Change them on every rank in the same step, or make a new Clipper on every rank then."
+    "on another rank, which raises too, the parameters have changed (replaced, added, removed, or begun to "
+    "train), or something else keeps it from this step; not so on this rank. Nothing was clipped. Change "
+    "them on every rank in the same step, or make a new Clipper on every rank then."
 )
 
 

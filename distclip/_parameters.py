@@ -171,11 +171,13 @@ def _walk_module(prefix: str, module: nn.Module) -> Iterator[NamedParameter]:
 
 
 def order_in_modules(tensors: Sequence[Tensor]) -> list[tuple[int, str]] | None:
-    """Of tensors that came as a bare list: which of them each is in the order of the module that holds them all,
-    and its name there; None where there is no such module, or no two tensors could be taken for each other.
+    """Of tensors that came as a bare list: which of them each is in the order of the module that holds them
+    all, and its name there; None where there is no such module, or no two tensors could be taken for each
+    other.
 
-    So ranks can tell that their lists are in another order, though every list calls its first ``parameters[0]``.
-    (The module is found by the garbage collector; its outer wrappers, which may differ, change no order.)
+    So ranks can tell that their lists are in another order, though every list calls its first
+    ``parameters[0]``. (The module is found by the garbage collector; its outer wrappers, which may differ,
+    change no order.)
     """
     kinds = {(t.shape, t.dtype) for t in tensors}
     if len(kinds) == len(tensors):
@@ -213,7 +215,8 @@ class _GivenNames:
 
 
 def ddp_modules() -> list[nn.parallel.DistributedDataParallel]:
-    """All that there are in this process, found by the garbage collector, as parameters do not know theirs."""
+    """All that there are in this process, found by the garbage collector, as parameters do not know
+    theirs."""
     ddp = nn.parallel.DistributedDataParallel
     everything = gc.get_objects()
     kinds = tuple(kind for kind in set(map(type, everything)) if issubclass(kind, ddp))

@@ -70,9 +70,9 @@ class Axis:
         group = self._group()
         if group is None or group not in c10d._world.pg_map:
             raise ValueError(
-                f"the process group of {self.name} (named {self.group_name!r}) has been destroyed since it was "
-                "passed: declare(), and stages= or process_group= of a new Clipper, with one of those that "
-                "there are now"
+                f"the process group of {self.name} (named {self.group_name!r}) has been destroyed since it "
+                "was passed: declare(), and stages= or process_group= of a new Clipper, with one of those "
+                "that there are now"
             )
         return group
 

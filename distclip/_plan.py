@@ -90,8 +90,9 @@ def build_plan(
 
     ``alone`` plans what needs no other rank, and does not talk: elementwise changes. ``everyone`` reduces
     over the whole scope, replicas too: for what differs between ranks that hold the same parameters.
-    ``ordered``: what is measured depends on which is which. ``averaged``: by the id of a parameter, the group of its DDP module. ``settings``: what is to be the same on
-    all ranks. ``complaint``: what has been found wrong on this rank, to be raised on all.
+    ``ordered``: what is measured depends on which is which. ``averaged``: by the id of a parameter, the group
+    of its DDP module. ``settings``: what is to be the same on all ranks. ``complaint``: what has been found
+    wrong on this rank, to be raised on all.
 
     Raises:
         OwnershipError, SettingsError: on every rank, see ``_ownership``.

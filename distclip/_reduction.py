@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
@@ -36,11 +36,12 @@ def reduce_message(
 ) -> Tensor:
     """Every rank's contributions, float64 of any shape, joined: a sum, or for p = ∞ a maximum.
 
-    ``outdated``: where ranks tell each other in two numbers beside, whether this one's plan is out of date. Its
-    contribution then makes every norm NaN (or ∞), so that no other takes what is left for the whole.
+    ``outdated``: where ranks tell each other in two numbers beside, whether this one's plan is out of date.
+    Its contribution then makes every norm NaN (or ∞), so that no other takes what is left for the whole.
 
     Raises:
-        OutdatedPlan: ``outdated`` on this rank, or on any where the message is on the CPU, which is read for it.
+        OutdatedPlan: ``outdated`` on this rank, or on any where the message is on the CPU, which is read for
+        it.
     """
     largest = math.isinf(norm_type)
     if largest:
@@ -172,6 +173,20 @@ def _sum(members: Sequence[_PartialGradient], group: dist.ProcessGroup, reductio
     for member in members:
         member.local = next(parts).view(member.local.shape)
         member.holders = next(parts)
+
+
+def summed(gradient: Tensor) -> Tensor:
+    """A gradient with what is ``Partial`` in it summed: one all-reduce for each such axis."""
+    if not isinstance(gradient, DTensor) or not any(p.is_partial() for p in gradient.placements):
+        return gradient
+    return gradient.redistribute(
+        placements=[Replicate() if p.is_partial() else p for p in gradient.placements]
+    )
+
+
+def plain(value: Tensor | float) -> Tensor | float:
+    """A number that may be a DTensor, as this rank can read it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local_of(tensor: Tensor) -> Tensor:

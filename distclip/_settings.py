@@ -27,9 +27,10 @@ def settings_of(strategy: Strategy, options: Mapping[str, object], *, with_state
 
 
 def described(strategy: Strategy) -> str:
-    """The class, and every public attribute that is a plain value; of the strategies and schedules inside too."""
+    """The class, and every public attribute that is a plain value; of the strategies and schedules inside
+    too."""
     own = {k: v for k, v in vars(strategy).items() if not k.startswith("_") and k != "training"}
-    inside = {k: m for k, m in strategy.named_children()}
+    inside = dict(strategy.named_children())
     words = [f"{k}={_word(v)}" for k, v in sorted(own.items()) if _word(v)]
     for name, module in inside.items():
         if isinstance(module, Strategy):

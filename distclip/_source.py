@@ -25,7 +25,8 @@ class Witness(Protocol):
     """What a source held when it was read."""
 
     def tensors(self, parameters: Parameters) -> list[Tensor] | None:
-        """Its tensors in order, as often as they occur; None if it holds others by now, or in another place."""
+        """Its tensors in order, as often as they occur; None if it holds others by now, or in another
+        place."""
 
 
 def witness_of(parameters: Parameters) -> Witness:

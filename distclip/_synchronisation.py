@@ -65,8 +65,8 @@ class Synchronisation:
     Args:
         modules: those that are known.
         tensors: the parameters. Where these are lists, or what a wrapper wraps, the wrapper is found all the
-            same: DDP by the garbage collector (tens of milliseconds, only where ranks hold plain parameters that
-            no known module synchronises), FSDP2 by torch's own register.
+            same: DDP by the garbage collector (tens of milliseconds, only where ranks hold plain parameters
+            that no known module synchronises), FSDP2 by torch's own register.
         keep: whether the modules may be kept alive.
     """
 

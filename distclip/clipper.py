@@ -66,8 +66,8 @@ class Clipper:
             parameters are always joined in float64; norms come out as float32.)
 
     The plan is made at the first clip, by every rank in scope together, and anew when the program changes the
-    parameters: replaces, adds, removes or unfreezes some, in the same step on every rank. The strategy's state goes
-    on by the names of parameters. Where only some ranks change theirs, all raise.
+    parameters: replaces, adds, removes or unfreezes some, in the same step on every rank. The strategy's
+    state goes on by the names of parameters. Where only some ranks change theirs, all raise.
 
     Attributes:
         steps: calls of :meth:`step` so far, those that skipped included; saved in ``state_dict()``.
@@ -261,8 +261,8 @@ class Clipper:
             yield MicroBatch(self._window)
 
     def begin(self, *, param_norms: bool = False) -> Plan:
-        """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their gradients
-        are synchronised.
+        """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their
+        gradients are synchronised.
 
         Raises:
             ValueError, OwnershipError, SettingsError: on every rank.
@@ -281,8 +281,8 @@ class Clipper:
         param_norms: bool = False,
     ) -> Outcome:
         """What :meth:`clip` and :meth:`step` have in common, for an integration that steps by itself: after
-        :meth:`begin`, measure, decide, and change the gradients, unless that is deferred. Then :meth:`observe` the
-        report.
+        :meth:`begin`, measure, decide, and change the gradients, unless that is deferred. Then
+        :meth:`observe` the report.
 
         Args:
             inverse_scale: [] float32, 1 / loss scale where the gradients are still to be multiplied by it.
@@ -350,8 +350,8 @@ class Clipper:
         self._suitable = _Suitable(optimizers, self.tensors)
 
     def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
-        """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP modules
-        that synchronise the gradients, where the parameters do not bring them."""
+        """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP
+        modules that synchronise the gradients, where the parameters do not bring them."""
         self._source = parameters
         self._parameters.watch(modules)
 

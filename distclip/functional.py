@@ -3,26 +3,33 @@ over ranks in any way."""
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from distclip import _kernels as kernels
 from distclip._apply import OnNonfinite, change, resolve
 from distclip._as_called import AsCalled
+from distclip._decision import Scale
 from distclip._gradients import collect
+from distclip._norms import Norms
 from distclip._parameter_set import ParameterSet
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import Axis
 from distclip._plan import build_plan
-from distclip.strategies._base import require_bound, require_norm_type
+from distclip._reduction import plain, summed
+from distclip._slots import Slots
+from distclip.strategies._base import require_bound, require_norm_type, scale_to
 
 
 @torch.no_grad()
@@ -73,7 +80,8 @@ def clip_grad_norm_(
     strategy.bound = bound
     gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
     outcome = resolve(strategy.decide(norms), norms, policy)
-    assert gradients is not None and known.measurement is not None  # nothing is measured in backward
+    assert gradients is not None
+    assert known.measurement is not None
     change(outcome, gradients, known.measurement.slots)
     return outcome.report.total_norm
 
@@ -97,6 +105,99 @@ def total_grad_norm(
     p = require_norm_type(norm_type)
     parameters, tensors, known, _ = _set_of(parameters, p, stages, process_group, "propagate")
     return known.measure(known.make_current(parameters, tensors))[1].total
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float | str = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> Tensor:
+    """The norm of gradients taken together, as :func:`torch.nn.utils.get_total_norm` and right for DTensors
+    of any placement. To be called by every rank, with as many gradients on each; changes nothing.
+
+    One all-reduce at most (and one for each gradient that is ``Partial``). Plain tensors count as copies
+    where ranks hold the same, which is compared at calls 1, 2, 4, 8, … with gradients of these shapes; where
+    they do not, nothing tells how they lie: use :func:`total_grad_norm`, whose parameters do.
+
+    Args:
+        tensors: gradients, ``[p.grad for p in parameters if p.grad is not None]``.
+        norm_type, error_if_nonfinite, process_group: as for :func:`clip_grad_norm_`.
+        foreach: accepted for compatibility; the result does not depend on it.
+
+    Returns:
+        A plain 0-dim float32 tensor, the same on every rank.
+
+    Raises:
+        ValueError: parameters were passed, whose own norm is rarely meant.
+        OwnershipError: on every rank: plain gradients differ between ranks.
+        NonFiniteError: see ``error_if_nonfinite``.
+
+    Example:
+        >>> norm = distclip.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        >>> distclip.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+    """
+    p = require_norm_type(norm_type)
+    gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    holders: list[Tensor] = []
+    for i, gradient in enumerate(gradients):
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"tensors[{i}] is a {type(gradient).__name__}, expected a gradient (a Tensor)")
+        if isinstance(gradient, nn.Parameter):
+            raise ValueError(
+                f"tensors[{i}] (shape {tuple(gradient.shape)}) is a parameter, and this takes gradients: "
+                "for their norm call distclip.total_grad_norm(parameters). For that of the parameters "
+                "themselves pass [p.detach() for p in parameters]."
+            )
+        whole = summed(gradient)
+        holder = whole.detach()
+        holder.grad = whole.detach()
+        holders.append(holder)
+    known = _set_like(holders, p, process_group)
+    policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
+    named = [(f"tensors[{i}]", holder) for i, holder in enumerate(holders)]
+    norms = known.measure(known.make_current(named, holders))[1]
+    unchanged = Scale(torch.ones_like(norms.total), torch.full_like(norms.total, math.inf))
+    return resolve(unchanged, norms, policy).report.total_norm
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters, max_norm: float, total_norm: Tensor | float, foreach: bool | None = None
+) -> None:
+    """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``, with a norm that is known
+    already.
+
+    As :func:`torch.nn.utils.clip_grads_with_norm_`. Needs no other rank: every rank scales what it holds by
+    the same number, if ``total_norm`` is the same on every rank (that of :func:`get_total_norm` and
+    :func:`total_grad_norm` is). Gradients below the threshold are left bit for bit as they were.
+
+    Args:
+        parameters: as for :func:`clip_grad_norm_`; not the gradients.
+        max_norm: largest allowed norm, ≥ 0.
+        total_norm: [] of any float dtype, a DTensor too, or a number.
+        foreach: accepted for compatibility; the result does not depend on it.
+
+    Raises:
+        ValueError: an argument cannot be meant.
+
+    Example:
+        >>> distclip.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+    """
+    bound = require_bound("max_norm", max_norm)
+    named = named_parameters(freeze_source(parameters))
+    plan = build_plan(named, alone=True)
+    gradients = collect(plan, [p.tensor for p in named])
+    norm = torch.as_tensor(plain(total_norm), dtype=torch.float32, device=plan.device)
+    if norm.numel() != 1:
+        raise ValueError(f"total_norm has shape {tuple(norm.shape)}: expected one number")
+    norm = norm.reshape(())
+    norms = Norms(norm, norm.unsqueeze(0))
+    decision = Scale(scale_to(norm, bound, 1e-6), torch.full_like(norm, bound))
+    change(resolve(decision, norms, "propagate"), gradients, Slots(("total",), (0,) * len(plan.parameters)))
 
 
 @torch.no_grad()
@@ -126,10 +227,10 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     gradients.commit()
 
 
-# What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what is
-# known of it is dropped as soon as one of them dies; its place stays, since garbage collectors do not die in step
-# and addresses are used again, and what is evicted next must be the same on every rank. So which list is planned
-# anew depends only on which lists are passed: the caller's program, the same on every rank.
+# What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what
+# is known of it is dropped as soon as one of them dies; its place stays, since garbage collectors do not die
+# in step and addresses are used again, and what is evicted next must be the same on every rank. So which list
+# is planned anew depends only on which lists are passed: the caller's program, the same on every rank.
 _known: dict[tuple[Any, ...], _Entry] = {}
 _order: OrderedDict[int, _Entry] = OrderedDict()  # by number, the latest last
 _lock = threading.Lock()
@@ -180,6 +281,32 @@ def _set_of(
     assert known is not None  # the caller holds its tensors
     known.groups = stages, process_group
     return parameters, tensors, known, entry.strategy
+
+
+_alike: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()  # by how gradients lie, the latest last
+_MOST_ALIKE = 64
+
+
+def _set_like(
+    gradients: list[Tensor], norm_type: float, process_group: dist.ProcessGroup | DeviceMesh | None
+) -> ParameterSet:
+    """What is known of gradients that lie like these: they are other tensors in every step."""
+    lies = (
+        (t.shape, t.dtype, t.device.type, (t.device_mesh, t.placements) if isinstance(t, DTensor) else None)
+        for t in gradients
+    )
+    key = (norm_type, _name_of(process_group, "process_group"), *lies)
+    with _lock:
+        known = _alike.get(key)
+        if known is None:
+            known = _alike[key] = ParameterSet(
+                AsCalled(norm_type), keep=False, options={"norm_type": norm_type}
+            )
+            if len(_alike) > _MOST_ALIKE:
+                _alike.popitem(last=False)
+        _alike.move_to_end(key)
+    known.groups = None, process_group
+    return known
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None, argument: str) -> str | None:

@@ -21,9 +21,10 @@ from distclip._norms import Norms
 from distclip._optimizer_step import take_step
 from distclip._parameters import named_parameters
 from distclip._plan import build_plan
-from distclip._reduction import reduce_message
+from distclip._reduction import OutdatedPlan, reduce_message
 from distclip._report import ClipReport
 from distclip._single import Single
+from distclip._source import begun_to_train, witness_of
 from distclip._synchronisation import wrappers
 from distclip.hooks import Handle, require_whole
 from distclip.strategies._base import scale_to
@@ -109,6 +110,7 @@ class InBackward:
             )
         named = named_parameters(model)
         require_gradients_after_backward(named)
+        self._model, self._witness = model, witness_of(model)
         synchronised = [m for m in wrappers([model]) if isinstance(m, DistributedDataParallel)]
         for module in synchronised:
             _require_suitable(module)
@@ -208,6 +210,9 @@ class InBackward:
         One all-reduce of two numbers per parameter, none where all ranks hold everything; no host
         synchronisation.
 
+        Raises:
+            ValueError: on every rank: parameters were replaced, added or removed, or have begun to train.
+
         Returns:
             The true total norm of this step's gradient before clipping, with which ``GlobalNorm`` clips the
             next; ``clipped_norm``, of what was stepped with (what was not stepped counts as 0);
@@ -223,7 +228,17 @@ class InBackward:
                     line.scatter_reduce_(0, self._rows, values, "amax")
                 else:
                     line.index_add_(0, self._rows, values * self._shares)
-        before, after = reduce_message(sums, p, plan.group_name)
+        changed = self._witness.tensors(self._model) is None
+        try:
+            before, after = reduce_message(sums, p, plan.group_name, outdated=changed)
+            changed = changed or begun_to_train(self._witness.tensors(self._model) or [], plan.frozen)
+        except OutdatedPlan:
+            changed = True
+        if changed:
+            raise ValueError(
+                "the model's parameters have changed since InBackward was made (here, or on another rank): those "
+                "that are new were neither clipped nor stepped. Call remove(), and make a new InBackward."
+            )
         norms = Norms.from_power_sums(before, p, plan.names)
         clipped_norm = Norms.from_power_sums(after, p, plan.names).total
         total = norms.total

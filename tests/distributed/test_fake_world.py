@@ -146,7 +146,8 @@ def test_one_message_of_one_number_per_norm(mesh: DeviceMesh, monkeypatch: pytes
         with monkeypatch.context() as patch:
             messages = Messages(patch)
             clipper.clip()
-            # (The plain one has no gradient, so that it is compared at the first step.) Beside the norms two numbers: whether any rank's plan is out of date.
+            # (The plain one has no gradient, so that it is compared at the first step.) Beside the norms two
+            # numbers: whether any rank's plan is out of date.
             assert messages.sent[-1] == (numbers + 2, mesh.size()), strategy
             clipper.clip()  # the second time copies are compared again
             messages.sent.clear()

@@ -33,6 +33,7 @@ PUBLIC = {
     "PerParameter",
     "Percentile",
     "Scale",
+    "SettingsError",
     "SPAM",
     "SkipSpikes",
     "Strategy",
@@ -42,7 +43,9 @@ PUBLIC = {
     "ZClip",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clip_grads_with_norm_",
     "declare",
+    "get_total_norm",
     "hooks",
     "total_grad_norm",
     "unscale_",
@@ -108,7 +111,7 @@ print(distclip.__version__)
 
 def test_errors() -> None:
     """The tree in distclip.errors; plain RuntimeErrors too, as torch raises."""
-    for error in (distclip.OwnershipError, distclip.NonFiniteError):
+    for error in (distclip.OwnershipError, distclip.SettingsError, distclip.NonFiniteError):
         assert issubclass(error, distclip.DistclipError)
         assert issubclass(error, RuntimeError)
     assert not issubclass(distclip.OwnershipError, distclip.NonFiniteError)
