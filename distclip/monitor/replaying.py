@@ -75,10 +75,7 @@ def require_replayable(run: Run, strategy: Strategy) -> None:
         )
     if strategy.per_unit or (isinstance(strategy, Chain) and strategy.num_extra):
         lacks = "the norms of the weights" if strategy.per_unit else "the norm that its Value leaves"
-        )
-        raise HistoryError(
-            f"{run.name}: {type(strategy).__name__} needs {lacks}, which no history has: it cannot be replayed"
-        )
+        raise HistoryError(f"{run.name}: {type(strategy).__name__} needs {lacks}, which no history has")
     if strategy.uses_loss and np.isnan(run.loss).all():
         raise HistoryError(
             f"{run.name}: {type(strategy).__name__} judges the loss, which was not recorded: "

@@ -220,9 +220,10 @@ def _scaled(norms: Norms, coefficient: Tensor) -> Norms:
 
 
 def _clamped(norms: Norms, bound: Tensor, following: Sequence[Strategy]) -> Norms:
-    following = [link for link in following if not isinstance(link, Value)]
-    if not following:
+    if all(isinstance(link, Value) for link in following):
         return norms
+    if isinstance(following[0], Value) and not math.isinf(norms.norm_type):
+        return norms  # asked for after that one
     if not math.isinf(norms.norm_type) or not all(map(_is_global, following)):
         raise ValueError(
             "a strategy that clamps elements is followed by others, which need norms that are no longer "
