@@ -98,14 +98,15 @@ class Chain(Strategy):
 
     def elementwise(self, gradient: Tensor) -> Tensor:
         """For each ``Value`` whose norm is asked for, ``Σ min(|g|, v)^p`` and how many are above v."""
-        magnitude, sums, bound, p = gradient.abs(), [], None, self.norm_type
+        magnitude, sums, bound, p = gradient.abs().double(), [], None, self.norm_type
+        like = magnitude.new_zeros((), dtype=torch.float32)  # as the bound will be that is decided on
         for i, link in enumerate(self.each()[: self._measured[-1] + 1]):
             if isinstance(link, Value):
-                own = link.threshold.peek(magnitude)  # rounded to its dtype, as the clamp is
+                own = link.threshold.peek(like)
                 bound = own if bound is None else torch.minimum(bound, own)
             if i in self._measured:
                 assert bound is not None
-                clamped = torch.minimum(magnitude, bound).double()
+                clamped = torch.minimum(magnitude, bound.double())
                 sums.append(clamped.square_().sum() if p == 2 else clamped.pow_(p).sum())
                 sums.append((magnitude > bound).sum().double())
         return torch.stack(sums)
