@@ -112,7 +112,8 @@ class Chain(Strategy):
         return torch.stack(sums)
 
     def forward(self, norms: Norms) -> Decision:
-        whole = torch.ones_like(norms.total)  # [] or [num_parameters], the product of the coefficients
+        # [] or [num_parameters] float64, the product of the coefficients, which float32 may be too coarse for.
+        whole = torch.ones_like(norms.total, dtype=torch.float64)
         bound: Tensor | None = None
         skip: Tensor | None = None
         thresholds: list[Tensor] = []  # on the total norm
@@ -137,16 +138,18 @@ class Chain(Strategy):
             else:
                 coefficient = _spread(decision.coefficient, link, index)
                 norms = _scaled(norms, coefficient)
-                whole = whole * coefficient
+                whole = whole * coefficient.double()
                 if bound is not None:  # clamp, then scale = scale, then clamp at the bound scaled alike
-                    bound = torch.where(torch.isinf(bound), bound, bound * coefficient)
+                    bound = torch.where(
+                        torch.isinf(bound), bound, _positive(bound.double() * coefficient.double())
+                    )
                 if _is_global(link):
                     thresholds.append(decision.threshold)
                 else:
                     fine_thresholds.append(_spread(decision.threshold, link, index))
         if bound is not None and not thresholds and not fine_thresholds:
             return Clamp(bound, skip, unit=unit)
-        scale = Scale(whole, _smallest(thresholds or fine_thresholds), skip)
+        scale = Scale(_positive(whole), _smallest(thresholds or fine_thresholds), skip)
         if bound is None:
             return scale
         return Then(scale, Clamp(bound, clipped_norm=norms.total if known else None, unit=unit))
@@ -231,6 +234,11 @@ def _clamped(norms: Norms, bound: Tensor, following: Sequence[Strategy]) -> Norm
             "known: put it last"
         )
     return replace(norms, total=torch.minimum(norms.total, bound), slots=torch.minimum(norms.slots, bound))
+
+
+def _positive(value: Tensor) -> Tensor:
+    """As float32; no less than its least normal number where it is positive. (NaN stays.)"""
+    return torch.where(value > 0, value.clamp(min=torch.finfo(torch.float32).tiny), value).float()
 
 
 def _smallest(thresholds: Sequence[Tensor]) -> Tensor:
