@@ -112,7 +112,7 @@ class Chain(Strategy):
         return torch.stack(sums)
 
     def forward(self, norms: Norms) -> Decision:
-        # [] or [num_parameters] float64, the product of the coefficients, which float32 may be too coarse for.
+        # [] or [num_parameters] float64, the product of the coefficients: float32 may have no such number.
         whole = torch.ones_like(norms.total, dtype=torch.float64)
         bound: Tensor | None = None
         skip: Tensor | None = None
