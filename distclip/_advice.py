@@ -22,6 +22,9 @@ BLOCK = 100
 """Steps between two later looks."""
 OFTEN, OFTEN_STEPS = 0.95, 200
 NEVER_STEPS = 1000
+SKIPS, NONFINITE = 5, 20
+"""So many steps in a row that were skipped as spikes, or whose norm was not finite, are no accident. (Loss
+scaling begins with a few that are not.)"""
 ORDINARY = 0.99
 """The share of ordinary steps that a suggested threshold leaves alone."""
 MOSTLY = 0.9
@@ -37,6 +40,8 @@ class Advice:
     - More than 95 % of the last 200 steps were clipped: the threshold is too low. With the threshold that
       ``distclip recommend`` gives for these steps.
     - Never clipped in 1000 steps, by a threshold that does not adapt. With the same.
+    - Five steps in a row were skipped though their norms were finite, or the norms of 20 in a row were not:
+      the loss stands still meanwhile.
 
     The values are fetched in blocks, in the background: no step waits for the device, and what a block says
     may be said a few steps later. Nothing is fetched any more once there is nothing left to find. It logs (to
@@ -56,20 +61,23 @@ class Advice:
     def __init__(self, *, whole: bool = True) -> None:
         self._whole = whole
         self._speaks: bool | None = None  # on rank 0 only, which is known at the first report
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[ClipReport] = []
         self._coming: Transfer | None = None  # a block of them
         self._seen = 0
         self._latest: deque[tuple[float, float, bool]] = deque(maxlen=NEVER_STEPS)
         self._watching = {"zero", "often", "never"} if whole else {"zero"}
+        self._skipping = {"skips", "nonfinite"}  # watched to the end of the run
+        self._skips = 0  # the latest steps in a row that were skipped; those without a norm do not count
+        self._nonfinite = 0  # the latest norms in a row that were not finite
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to watch for: reports are then not even kept."""
+        """Whether there is nothing left to find about the threshold: only skipped steps are still watched."""
         return not self._watching or self._speaks is False
 
     def observe(self, report: ClipReport) -> None:
-        """Take note of one step. A few tenths of a microsecond; keeps references to 0-dim tensors."""
-        if self.done:
+        """Take note of one step. A few tenths of a microsecond; keeps the reports of a block."""
+        if self._speaks is False or not (self._watching or self._skipping):
             return
         if report.total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # a CUDA graph: there are no numbers before it is replayed
@@ -77,7 +85,7 @@ class Advice:
             self._speaks = is_main_rank()
             if not self._speaks:
                 return
-        self._pending.append((report.total_norm, report.threshold, report.clipped))
+        self._pending.append(report)
         if self._coming is None and len(self._pending) >= (BLOCK if self._seen else FIRST_LOOK):
             self._coming = self._fetch()
         if self._coming is not None and self._coming.arrived:
@@ -85,23 +93,45 @@ class Advice:
             self._look(block)
 
     def _fetch(self) -> Transfer:
-        """[3, steps]: norms, thresholds (NaN where there are several), and which were clipped."""
+        """[4, steps]: norms, thresholds (NaN where there are several), what was clipped, and what skipped."""
         pending, self._pending = self._pending, []
         self._seen += len(pending)
-        nan = torch.full_like(pending[0][0], math.nan)
+        norms = torch.stack([report.total_norm for report in pending])
+        nan = torch.full_like(pending[0].total_norm, math.nan)
+        thresholds = (report.threshold for report in pending)
         columns = (
-            [norm for norm, _, _ in pending],
-            [t.to(nan) if t.dim() == 0 else nan for _, t, _ in pending],
-            [clipped.to(nan) for _, _, clipped in pending],
+            norms,
+            torch.stack([t.to(nan) if t.dim() == 0 else nan for t in thresholds]),
+            torch.stack([report.clipped for report in pending]).to(norms),
+            torch.stack([report.skipped for report in pending]).to(norms),
         )
-        return Transfer(torch.stack([torch.stack(column) for column in columns]))
+        return Transfer(torch.stack(columns))
 
     def _look(self, block: Tensor) -> None:
-        norms, thresholds, clipped = block.tolist()
-        for norm, threshold, flag in zip(norms, thresholds, clipped, strict=True):
+        for norm, threshold, clipped, skipped in zip(*block.tolist(), strict=True):
             if math.isfinite(norm):
-                self._latest.append((norm, threshold, bool(flag)))
+                self._latest.append((norm, threshold, bool(clipped)))
+            self._count(norm, threshold, bool(skipped))
         self._advise()
+
+    def _count(self, norm: float, threshold: float, skipped: bool) -> None:
+        self._nonfinite = 0 if math.isfinite(norm) else self._nonfinite + 1
+        if math.isfinite(norm) and (skipped or norm > 0):
+            self._skips = self._skips + 1 if skipped else 0
+        if self._skips >= SKIPS and "skips" in self._skipping:
+            self._skipping.discard("skips")
+            logger.warning(
+                "%d steps in a row were skipped (the norm is %.3g, with a threshold of %.3g): if that goes "
+                "on, it is no spike but a new level, and the loss stands still meanwhile. "
+                "SkipSpikes(patience=...) says after how many it is learned, forget() learns it now.",
+                self._skips, norm, threshold,
+            )  # fmt: skip
+        if self._nonfinite >= NONFINITE and "nonfinite" in self._skipping:
+            self._skipping.discard("nonfinite")
+            logger.warning(
+                "the norm was NaN or infinite in %d steps in a row: look for the cause "
+                "(clipper.find_nonfinite() names parameters and ranks).", self._nonfinite,
+            )  # fmt: skip
 
     def _advise(self) -> None:
         if "zero" in self._watching and self._latest:
@@ -112,7 +142,7 @@ class Advice:
                     "Clip after backward() and before optimizer.step() and zero_grad().",
                     len(self._latest),
                 )
-                self._watching.clear()
+                self._watching -= {"often", "never"}
         latest = list(self._latest)[-OFTEN_STEPS:]
         if "often" in self._watching and len(latest) == OFTEN_STEPS:
             share = sum(clipped for _, _, clipped in latest) / OFTEN_STEPS

@@ -24,7 +24,7 @@ from distclip.monitor.notation import parse_strategy
 from distclip.monitor.page import write_page
 from distclip.monitor.picture import write_picture
 from distclip.monitor.recommendation import Recommendation, recommend
-from distclip.monitor.replaying import require_replayable, tally
+from distclip.monitor.replaying import differences, is_stateless, require_replayable, tally
 from distclip.monitor.run import HistoryError, Run, read
 from distclip.monitor.watching import Tail, sparkline, view, watch
 
@@ -275,6 +275,9 @@ def _replay(path: Path, texts: Sequence[str], output: Path | None, last: int | N
         f"[bold]{len(run):,}[/] steps of {run.name}   norm {sparkline(run.norm[-20_000:].tolist(), 40)}"
     )
     console.print(table)
+    if not all(map(is_stateless, strategies)):
+        for sentence in differences(run):
+            console.print(_plain(f"• {sentence}"))
     if output is not None:
         print(f"wrote {output}")
 

@@ -20,7 +20,9 @@ from distclip._report import ClipReport
 from distclip.monitor.history import written
 from distclip.monitor.run import Floats, HistoryError, Run, read
 from distclip.strategies._base import Strategy
+from distclip.strategies.chain import Chain
 from distclip.strategies.global_norm import GlobalNorm
+from distclip.strategies.skip_spikes import SkipSpikes
 
 
 def replay(
@@ -71,6 +73,9 @@ def require_replayable(run: Run, strategy: Strategy) -> None:
             f"{len(run.param_steps)} of {len(run)} steps have them: record with "
             "History(..., param_norms_every=1) and clip(param_norms=history.wants_param_norms)"
         )
+    if strategy.per_unit or (isinstance(strategy, Chain) and strategy.num_extra):
+        lacks = "the norms of the weights" if strategy.per_unit else "the norm that its Value leaves"
+        raise HistoryError(f"{run.name}: {type(strategy).__name__} needs {lacks}, which no history has")
     if strategy.uses_loss and np.isnan(run.loss).all():
         raise HistoryError(
             f"{run.name}: {type(strategy).__name__} judges the loss, which was not recorded: "
@@ -90,7 +95,9 @@ def _replay(run: Run, strategy: Strategy, on_nonfinite: OnNonfinite) -> Iterator
     labels = run.param_names if strategy.per_parameter else strategy.groups
     index = None
     if not strategy.per_parameter and len(strategy.groups) > 1:
-        index = torch.tensor([strategy.group_of(ParameterInfo(n, torch.Size())) for n in run.param_names])
+        index = torch.tensor(
+            [strategy.group_of(ParameterInfo(n, torch.Size())) for n in run.param_names], dtype=torch.int64
+        )
     for i, (step, total) in enumerate(zip(run.step.tolist(), totals.unbind(), strict=True)):
         row = slots[i] if index is None else grouped(slots[i], index, len(strategy.groups), run.norm_type)
         loss = None if losses is None else losses[i]
@@ -160,7 +167,7 @@ def tally(
         blocks.append(torch.stack(columns).numpy())
         rows.clear()
 
-    nothing = torch.tensor(float("nan"))
+    nothing = torch.tensor(float("nan"), dtype=torch.float32)
     for _, report in replay(run, strategy):
         threshold = report.threshold.clone() if report.threshold.dim() == 0 else nothing
         rows.append((threshold, report.coefficient, report.clipped, report.skipped))
@@ -174,6 +181,31 @@ def tally(
         gather()
     threshold_, coefficient_, clipped, skipped = np.concatenate(blocks, axis=1)
     return Tally(name, threshold_, coefficient_, clipped != 0, skipped != 0)
+
+
+def differences(run: Run) -> list[str]:
+    """Where a replay of an adaptive strategy differs from what 0.1.0 did in the run, each a sentence."""
+    found = []
+    zeros = int((run.norm == 0).sum())
+    if zeros:
+        found.append(
+            f"{zeros} norms are 0, which teach nothing since 0.2: in a run with 0.1.0 Percentile, ZClip and "
+            "SkipSpikes learned from them, and their thresholds were lower than in a replay"
+        )
+    longest = _longest(run.skipped & np.isfinite(run.norm) & (run.norm > 0))
+    patience = SkipSpikes().patience
+    if longest > patience:
+        found.append(
+            f"{longest} steps in a row were skipped, and since 0.2 SkipSpikes skips no more than "
+            f"{patience=}: after them a replay goes on from another history than the run did"
+        )
+    return found
+
+
+def _longest(flags: NDArray[np.bool_]) -> int:
+    """How many in a row are true, at most."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def is_stateless(strategy: Strategy) -> bool:

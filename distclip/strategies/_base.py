@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from distclip._decision import Decision
 from distclip._norms import Norms
 from distclip._parameters import ParameterInfo
+from distclip.strategies._saved import require_own
 
 SUPPORTED_NORM_TYPES = (0.5, 1.0, 2.0, 3.0, math.inf)
 
@@ -20,7 +22,8 @@ class Strategy(nn.Module):
 
     Write :meth:`forward` as if there were one device: the norms are those of the whole gradient, the
     same on every rank. Register whatever must be remembered as buffers; they are moved to the norms'
-    device, travel in ``state_dict()``, and are rolled back when a step turns out non-finite or skipped.
+    device, travel in ``state_dict()``, and are rolled back when a step turns out non-finite or skipped
+    (those that are named in ``through_skips`` only where it is non-finite).
 
     A strategy keeps these laws, which ``distclip.testing.check_strategy`` runs over one of your own:
 
@@ -28,7 +31,9 @@ class Strategy(nn.Module):
       the same history gives the same decisions, on every rank and when replayed from a log;
     - *no host sync*: no ``.item()``, no ``bool(tensor)``; use ``torch.where`` and ``clamp``;
     - coefficients are in [0, 1], and exactly 1 where nothing is to be clipped;
-    - clipping what is already clipped changes it by rounding at most.
+    - clipping what is already clipped changes it by rounding at most;
+    - nothing stops for ever: whatever finite norms come, what it has learned multiplies no gradient by 0 (a
+      norm of 0 teaches nothing), and it does not skip one step after the other without an end.
 
     Attributes:
         norm_type: p of the norms it wants: 0.5, 1, 2, 3 or ∞.
@@ -39,6 +44,12 @@ class Strategy(nn.Module):
         uses_loss: true to get the step's loss in ``norms.loss``: then ``clip`` and ``step`` ask for it, and
             the one all-reduce goes over all ranks, also where all hold the same. p ≠ ∞.
         by_element: true if it decides on a ``Clamp`` with a ``unit``, which is asked parameter by parameter.
+        never_scales: true if its coefficient is always 1, so that norms after it are those before it.
+        through_skips: names of its buffers that keep what :meth:`forward` wrote in a step that is skipped:
+            what it takes to count skips, and nothing that a spike could move.
+        sizes: by the name of a buffer, the argument that sets its length, for the error about a state that
+            was saved with another.
+        since: names of its buffers that states saved by earlier releases lack; they are 0 then.
         groups: otherwise, the labels of the slots; :meth:`group_of` assigns parameters to them.
 
     Example:
@@ -55,6 +66,10 @@ class Strategy(nn.Module):
     num_extra: int = 0
     uses_loss: bool = False
     by_element: bool = False
+    never_scales: bool = False
+    through_skips: tuple[str, ...] = ()
+    sizes: Mapping[str, str] = {}  # replaced, never changed
+    since: tuple[str, ...] = ()
     groups: tuple[str, ...] = ("total",)
 
     def group_of(self, parameter: ParameterInfo) -> int:
@@ -82,7 +97,8 @@ class Strategy(nn.Module):
 
     @torch.no_grad()
     def decide(self, norms: Norms) -> Decision:
-        """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped.
+        """:meth:`forward`, with the buffers left as they were if the step is non-finite or skipped (then but
+        for ``through_skips``).
 
         Raises:
             ValueError: inside ``torch.compile``, with state on the CPU that it would not keep.
@@ -95,12 +111,59 @@ class Strategy(nn.Module):
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         decision = self.forward(norms)
         if before:
-            counts = torch.isfinite(norms.total)
-            if decision.skip is not None:
-                counts = counts & ~decision.skip
+            finite = torch.isfinite(norms.total)
+            taken = finite if decision.skip is None else finite & ~decision.skip
+            kept = self.kept_through_skips() if decision.skip is not None else frozenset()
             for name, buffer in self.named_buffers():
-                buffer.copy_(torch.where(counts, buffer, before[name]))
+                buffer.copy_(torch.where(finite if name in kept else taken, buffer, before[name]))
         return decision
+
+    def kept_through_skips(self) -> frozenset[str]:
+        """The ``through_skips`` of it and of the strategies inside it, as :meth:`named_buffers` has them."""
+        return self._named("through_skips")
+
+    def since_then(self) -> frozenset[str]:
+        """The ``since`` of it and of the strategies inside it, likewise."""
+        return self._named("since")
+
+    def _named(self, attribute: str) -> frozenset[str]:
+        return frozenset(
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self.named_modules()
+            if isinstance(module, Strategy)
+            for name in getattr(module, attribute)
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Continue from a ``state_dict()`` of a strategy of the same class and sizes, of this or an earlier
+        release. Thresholds and other settings are not part of it and may change.
+
+        Raises:
+            ValueError: another strategy saved it, or the same with other sizes; nothing has been changed.
+        """
+        if strict:
+            require_own(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.since:
+            state_dict.setdefault(prefix + name, torch.zeros_like(self.get_buffer(name)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def state(shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
+    """A new buffer on the CPU, whatever torch's default dtype and device are. (The clipper moves it.) Made in
+    inference mode it would be a tensor that no later step may change."""
+    with torch.inference_mode(False):
+        return torch.full(tuple(shape), value, dtype=dtype, device="cpu")
+
+
+def listed(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """[len(values)], likewise."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _is_lost(buffer: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from distclip.strategies._base import require_bound
+from distclip.strategies._base import require_bound, state
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor | float]
 """From the step, 0-dim int64, 0 at the first, to the threshold of that step, 0-dim."""
@@ -32,7 +32,7 @@ class Threshold(nn.Module):
         self.name = name
         self.value: float | Schedule = value if callable(value) else require_bound(name, value)
         if callable(value):
-            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("step", state((), 0, torch.int64))
 
     def peek(self, like: Tensor) -> Tensor:
         """The threshold of this step, 0-dim as ``like``, without taking the step."""
@@ -59,5 +59,15 @@ class Threshold(nn.Module):
 
 
 def scale_above(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
-    """``bound / (norm + eps)`` where the norm is above the bound, exactly 1 where it is not; NaN for NaN."""
-    return torch.where(norm <= bound, 1.0, bound / (norm + eps))
+    """``bound / (norm + eps)`` where the norm is above the bound, exactly 1 where it is not; NaN for NaN.
+
+    Never 0 where ``norm`` is finite and ``bound`` positive, though float32 may have no such small number.
+    """
+    return torch.where(norm <= bound, 1.0, not_zero((bound / (norm + eps)).to(norm.dtype), norm, bound))
+
+
+def not_zero(coefficient: Tensor, norm: Tensor, bound: Tensor) -> Tensor:
+    """``coefficient``, or the least normal float32 where that would be 0 for a finite norm and a positive
+    bound; all of one shape, or 0-dim."""
+    least = (torch.isfinite(norm) & (bound > 0)).to(coefficient.dtype) * torch.finfo(torch.float32).tiny
+    return torch.maximum(coefficient, least)

@@ -14,8 +14,9 @@ from torch import Tensor
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
 from distclip._parameters import ParameterInfo
-from distclip.strategies._base import Strategy, require_bound, scale_to
+from distclip.strategies._base import Strategy, listed, require_bound, scale_to, state
 from distclip.strategies._history import require_count
+from distclip.strategies._threshold import not_zero
 
 
 class AdaGC(Strategy):
@@ -34,6 +35,10 @@ class AdaGC(Strategy):
     that the parameter is multiplied by 0 for ever.) A parameter that has no γᵢ after the warm-up, because it
     came later or had no gradient yet, starts with ``min(n_i, max_norm)`` and is clipped to that. A step whose
     norm is ∞ or NaN changes no state.
+
+    A norm that grows by a factor f and stays there is learned in ln f / ln(1 + (1 − β)(ratio − 1)) steps:
+    with the defaults 1,733 for twice and 5,757 for ten times the norm. (With ``ratio=1`` or ``beta=1`` never:
+    γᵢ only falls then, or stays.) Until then gradients are scaled to the old level, never to 0.
 
     Args:
         ratio: how far above its average a norm may be, ≥ 1.
@@ -75,14 +80,14 @@ class AdaGC(Strategy):
         self.max_norm = require_bound("max_norm", max_norm)
         self._names: tuple[str, ...] | None = None  # of the parameters, in the order of the slots
         self._loaded: dict[str, float] | None = None  # state that came before the names
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", state((), 0, torch.int64))
         # Not persistent: saved with the names, see get_extra_state.
-        self.register_buffer("average", torch.zeros(0, dtype=torch.float64), persistent=False)
+        self.register_buffer("average", state((0,), 0, torch.float64), persistent=False)
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
         known = self._by_name()
         self._names = _told_apart(p.name for p in parameters)
-        self.average = self.average.new_full((len(parameters),), math.inf)
+        self.average = state((len(parameters),), math.inf, torch.float64).to(self.average.device)
         if self._loaded is not None:
             known, self._loaded = self._loaded, None
             self._warn_of_differences(known)
@@ -98,7 +103,7 @@ class AdaGC(Strategy):
         warming = self.step < self.warmup
         together = scale_to(norms.total, self.max_norm, self.eps)
         bound = torch.where(torch.isinf(self.average), self.max_norm, self.ratio * self.average)
-        alone = torch.where(n <= bound, 1.0, bound / (n + self.eps))
+        alone = torch.where(n <= bound, 1.0, not_zero(bound / (n + self.eps), n, bound))
 
         clipped = torch.where(warming, n * together, torch.minimum(n, bound))
         moved = torch.where(
@@ -106,7 +111,7 @@ class AdaGC(Strategy):
             torch.minimum(self.average, clipped),
             self.beta * self.average + (1 - self.beta) * clipped,
         )
-        self.average.copy_(torch.where(n == 0, self.average, moved))
+        self.average.copy_(torch.where(clipped == 0, self.average, moved))  # also where max_norm=0
         self.step += 1
         return Scale(
             torch.where(warming, together, alone.float()),
@@ -135,7 +140,7 @@ class AdaGC(Strategy):
     def _take(self, known: dict[str, float]) -> None:
         if known and self._names:
             values = [known.get(name, math.inf) for name in self._names]
-            self.average.copy_(torch.tensor(values, dtype=torch.float64))
+            self.average.copy_(listed(values, torch.float64))
 
     def _warn_of_differences(self, loaded: dict[str, float]) -> None:
         names = set(self._names or ())

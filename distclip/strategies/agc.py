@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
 from distclip._parameters import ParameterInfo
-from distclip.strategies._base import Strategy, require_bound
+from distclip.strategies._base import Strategy, listed, require_bound, state
+from distclip.strategies._pattern import Patterns
 
 _LEAST_NORM = 1e-6  # of a gradient that is divided by, as in timm
 
@@ -41,8 +41,9 @@ class AGC(Strategy):
             the last layer, e.g. ``("head.*",)``.
 
     Raises:
-        ValueError: ``clipping`` or ``eps`` is negative or NaN. From the first clip: a plain parameter of
-            several dims is declared sharded, which does not say along which dim.
+        ValueError: ``clipping`` or ``eps`` is negative or NaN. From the first clip: a pattern fits no
+            parameter that trains; or a plain parameter of several dims is declared sharded, which does not
+            say along which dim.
 
     Example:
         >>> clipper = distclip.Clipper(model, distclip.AGC(0.01, exclude=("head.*",)))
@@ -57,13 +58,15 @@ class AGC(Strategy):
         self.clipping = require_bound("clipping", clipping)
         self.eps = require_bound("eps", eps)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self.register_buffer("excluded", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self._patterns = Patterns("AGC(exclude=...)", self.exclude)
+        self.register_buffer("excluded", state((0,), 0, torch.bool), persistent=False)
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
+        self._patterns.require_fit(parameters)
         left_out: list[bool] = []
         for p in parameters:
-            left_out += [any(fnmatchcase(p.name, pattern) for pattern in self.exclude)] * p.units
-        self.excluded = torch.tensor(left_out, dtype=torch.bool)
+            left_out += [self._patterns.first(p) is not None] * p.units
+        self.excluded = listed(left_out, torch.bool)
 
     def forward(self, norms: Norms) -> Decision:
         if norms.weights is None:

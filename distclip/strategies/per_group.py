@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
 from distclip._parameters import ParameterInfo
-from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
+from distclip.strategies._base import Strategy, listed, require_bound, require_norm_type, scale_to
+from distclip.strategies._pattern import Patterns
 
 
 class PerGroup(Strategy):
@@ -31,7 +31,8 @@ class PerGroup(Strategy):
         eps: added to the norm before dividing.
 
     Raises:
-        ValueError: no group is given, a threshold or ``eps`` is negative or NaN, or p is none of those.
+        ValueError: no group is given, a threshold or ``eps`` is negative or NaN, or p is none of those. From
+            the first clip: a key fits no parameter that trains.
         TypeError: a key is neither a string nor an integer.
 
     Example:
@@ -50,18 +51,20 @@ class PerGroup(Strategy):
             if not isinstance(key, str | int):
                 raise TypeError(f"key {key!r} of max_norms: expected a name pattern or a group index")
         self.keys = tuple(max_norms)
+        self._patterns = Patterns("PerGroup", self.keys)
         self.groups = (*map(str, self.keys), "(no group)")
         self.norm_type = require_norm_type(norm_type)
         self.eps = require_bound("eps", eps)
         thresholds = [require_bound(f"max_norms[{key!r}]", value) for key, value in max_norms.items()]
         # Not persistent: a setting, not state.
-        self.register_buffer("_thresholds", torch.tensor([*thresholds, math.inf]), persistent=False)
+        self.register_buffer("_thresholds", listed([*thresholds, math.inf], torch.float32), persistent=False)
 
     def group_of(self, parameter: ParameterInfo) -> int:
-        for i, key in enumerate(self.keys):
-            if key == parameter.optimizer_group if isinstance(key, int) else fnmatchcase(parameter.name, key):
-                return i
-        return len(self.keys)
+        first = self._patterns.first(parameter)
+        return len(self.keys) if first is None else first
+
+    def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
+        self._patterns.require_fit(parameters)
 
     def forward(self, norms: Norms) -> Decision:
         return Scale(scale_to(norms.slots, self._thresholds, self.eps), self._thresholds)

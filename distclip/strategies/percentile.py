@@ -9,7 +9,7 @@ import torch
 from distclip._decision import Decision, Scale
 from distclip._norms import Norms
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
-from distclip.strategies._history import History, require_count
+from distclip.strategies._history import History, require_count, teaches
 from distclip.strategies._threshold import scale_above
 
 UNBOUNDED = 65_536
@@ -28,9 +28,14 @@ class Percentile(Strategy):
     ``Percentile(10, multiplier=1, warmup=1, history=None)``. The defaults cut rare spikes only: above
     twice what 95 % of the steps stay below.
 
-    At the first steps, until ``warmup`` norms are there, the threshold is ``initial``. A norm of 0 counts
-    like any other and leaves the gradient as it is. A norm that is ∞ or NaN never enters the history; it is
-    compared with the threshold of the norms before it.
+    At the first steps, until ``warmup`` norms are there, the threshold is ``initial``. A norm of 0 leaves the
+    gradient as it is and teaches nothing: it does not enter the history, which would make τ = 0 and multiply
+    all gradients by 0 from then on. Neither does one that is ∞ or NaN, which is compared with the threshold
+    of the norms before it.
+
+    A level that stays is learned once it makes up more than 1 − q/100 of the history: within (1 − q/100)·h
+    steps, 50 with the defaults. (For AutoClip with its unbounded history those are nine times as many steps
+    as there were before, 59,000 at most.) Until then gradients are scaled to the old level, never to 0.
 
     Args:
         percentile: q, in [0, 100].
@@ -48,6 +53,8 @@ class Percentile(Strategy):
         >>> clipper = distclip.Clipper(model, Percentile(95.0, multiplier=2.0))
         >>> autoclip = Percentile(10, multiplier=1, warmup=1, history=None)
     """
+
+    sizes = {"history.values": "history"}  # noqa: RUF012  # never changed
 
     def __init__(
         self,
@@ -73,7 +80,7 @@ class Percentile(Strategy):
         self.history = History(size)
 
     def forward(self, norms: Norms) -> Decision:
-        self.history.append(norms.total)
+        self.history.append(norms.total, teaches(norms.total))
         learned = self.multiplier * self.history.percentile(self.percentile)
         threshold = torch.where(self.history.count >= self.warmup, learned, self.initial)
         return Scale(scale_above(norms.total, threshold, 1e-6), threshold)

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._norms import Norms, combine
 from distclip.strategies._base import Strategy
-from distclip.testing._histories import PARAMETERS, histories, norms_for
+from distclip.testing._histories import PARAMETERS, histories, levels, norms_for
 from distclip.testing._surroundings import HostReads, as_rank, random_state
 
 LAWS = {
@@ -29,8 +30,11 @@ LAWS = {
     "coefficients": "for finite norms, coefficients are numbers in [0, 1], bounds and thresholds ≥ 0",
     "left alone": "below the threshold the coefficient is exactly 1, and no step is skipped",
     "state": "buffers keep names, shapes, dtypes and devices, and finite norms bring no NaN into them",
-    "no trace": "a step that is skipped, NaN or infinite leaves the state as if it had not been",
+    "no trace": "a step that is skipped, NaN or infinite leaves the state (a skipped one: all of it but "
+    "``through_skips``) as if it had not been",
     "state_dict": "a new one that loads the state_dict continues the same sequence",
+    "goes on": "whatever finite norms come, what it has learned multiplies no gradient by 0, and it does not "
+    "skip more than `steps` of them in a row",
     "idempotent": "clipping what is already clipped changes it by rounding at most (memoryless=True)",
 }
 """What is checked, by the name that :class:`LawBroken` gives."""
@@ -61,13 +65,15 @@ def check_strategy(
     """Run the laws of :class:`distclip.Strategy` over a strategy, in one process and without gradients.
 
     It gets the norms of eight short trainings: usual ones, spikes of all or of one parameter, norms of 0,
-    10⁻⁴⁰ and 10³⁶, NaN and ∞, each of these also as the very first. Takes a few seconds.
+    10⁻⁴⁰ and 10³⁶, NaN and ∞, each of these also as the very first. Then those of eight in which the level
+    changes, by 2, 10 and 1/10, drifts, or is 0 for a time. Takes a few seconds.
 
     Args:
         strategy: the strategy, which is copied and stays as it is, or a function that makes a new one
             (its class, if that takes no arguments).
         seed: draws the norms.
-        steps: of each training, ≥ 1. Choose more than the strategy's warm-up takes.
+        steps: of each training, ≥ 1. Choose more than the strategy's warm-up takes, and than it skips in a
+            row.
         memoryless: the strategy keeps no state, so that clipping twice has to be clipping once.
         one_threshold: the decision's threshold is all that the strategy clips by. False for one that has
             several and reports one, as a ``Chain`` of strategies may.
@@ -92,6 +98,8 @@ def check_strategy(
         raise TypeError(f"{strategy=}: expected a distclip.Strategy, or a function that makes one")
     for name, parts in histories(steps, seed):
         _History(f"{name!r}, {seed=}", parts, make, memoryless, one_threshold).check()
+    for name, parts in levels(steps, seed):
+        _History(f"{name!r}, {seed=}", parts, make, memoryless, one_threshold).check_goes_on(steps)
 
 
 @dataclass
@@ -128,11 +136,28 @@ class _History:
             for step in self.record:
                 self.expect_same("deterministic", copied, step)
         spared = self.prepared()
+        counts_skips = bool(spared.kept_through_skips())
         for step in self.record:
-            if step.counts:
+            if step.counts or (counts_skips and bool(step.norms.total.isfinite())):
                 self.expect_same("no trace", spared, step)
         for turn, number in enumerate(self.saved):
             self.resume(number, load_first=turn % 2 == 0)
+
+    def check_goes_on(self, most: int) -> None:
+        strategy, in_a_row = self.prepared(), 0
+        for number, parts in enumerate(self.parts):
+            norms = self.norms_for(strategy, parts)
+            self.at = number, norms
+            decision = self.guard("runs", partial(strategy.decide, norms))
+            if not norms.total.isfinite():
+                continue
+            # One that multiplies by 0 from the first step on was made to, say with max_norm=0.
+            if _brings_to_0(decision, norms) and not _brings_to_0(self.prepared().decide(norms), norms):
+                self.fail("goes on", f"it decided {decision}")
+            if decision.skip is not None and norms.total > 0:
+                in_a_row = in_a_row + 1 if decision.skip else 0
+                if in_a_row > most:
+                    self.fail("goes on", f"it skips the {in_a_row}th step in a row")
 
     def prepared(self) -> Strategy:
         strategy = self.make()
@@ -165,7 +190,8 @@ class _History:
         decision = copy.deepcopy(decision)  # whatever happens to the tensors in it
         finite = bool(norms.total.isfinite())
         skipped = decision.skip is not None and bool(decision.skip)
-        self.check_state(before, _state(strategy), counts=finite and not skipped)
+        kept = strategy.kept_through_skips() if finite else frozenset()
+        self.check_state(before, _state(strategy), finite and not skipped, kept)
         if finite:
             self.check_values(decision, norms, skipped)
         if finite and not skipped and self.memoryless:
@@ -202,7 +228,9 @@ class _History:
             if skipped:
                 self.fail("left alone", f"it skips, {below}")
 
-    def check_state(self, before: dict[str, Tensor], after: dict[str, Tensor], counts: bool) -> None:
+    def check_state(
+        self, before: dict[str, Tensor], after: dict[str, Tensor], counts: bool, kept: frozenset[str]
+    ) -> None:
         if before.keys() != after.keys():
             self.fail("state", f"buffers were {sorted(before)}, and are {sorted(after)}")
         for name, old in before.items():
@@ -210,7 +238,7 @@ class _History:
             was, now = ((t.dtype, tuple(t.shape), str(t.device)) for t in (old, new))
             if was != now:
                 self.fail("state", f"buffer {name!r} was {was}, and is {now}")
-            if not counts and not _identical(old, new):
+            if not counts and name not in kept and not _identical(old, new):
                 self.fail("no trace", f"buffer {name!r} was {_shown(old)}, and is {_shown(new)}")
             if counts and new.isnan().any() and not old.isnan().any():
                 self.fail("state", f"buffer {name!r} is {_shown(new)}")
@@ -279,6 +307,14 @@ def _parts(decision: Decision) -> tuple[Scale | None, Clamp | None]:
     if isinstance(decision, Then):
         return decision.first, decision.second
     return (decision, None) if isinstance(decision, Scale) else (None, decision)
+
+
+def _brings_to_0(decision: Decision, norms: Norms) -> bool:
+    scale, clamp = _parts(decision)
+    to_0 = torch.zeros_like(norms.slots, dtype=torch.bool)
+    for each in (None if scale is None else scale.coefficient, None if clamp is None else clamp.bound):
+        to_0 = to_0 if each is None else to_0 | (each == 0)
+    return bool((to_0 & (norms.slots > 0)).any())
 
 
 def _state(strategy: Strategy) -> dict[str, Tensor]:

@@ -27,10 +27,12 @@ _ONE = {"one spike": 1e4, "nan": math.nan, "inf": math.inf}
 
 def histories(steps: int, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
     """Eight of them: a name, and [num_parameters] float64 for each step."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def drawn(kinds: Sequence[str]) -> list[str]:
-        return [kinds[i] for i in torch.randint(len(kinds), (steps,), generator=generator).tolist()]
+        return [
+            kinds[i] for i in torch.randint(len(kinds), (steps,), generator=generator, device="cpu").tolist()
+        ]
 
     plans = {
         "usual norms and spikes": drawn(_MOSTLY_USUAL),
@@ -47,12 +49,38 @@ def histories(steps: int, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
 
 def _norms(kind: str, generator: torch.Generator) -> Tensor:
     if kind == "constant":
-        return torch.full((len(PARAMETERS),), 0.2, dtype=torch.float64)
-    norms = (0.3 * torch.randn(len(PARAMETERS), generator=generator, dtype=torch.float64) - 1.5).exp()
-    one = torch.randint(len(PARAMETERS), (1,), generator=generator)
+        return torch.full((len(PARAMETERS),), 0.2, dtype=torch.float64, device="cpu")
+    norms = (0.3 * _drawn(generator) - 1.5).exp()
+    one = torch.randint(len(PARAMETERS), (1,), generator=generator, device="cpu")
     if kind in _ONE:
         norms[one] *= _ONE[kind]
     return norms * _WHOLE.get(kind, 1.0)
+
+
+def levels(steps: int, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
+    """Trainings of finite norms whose level changes, with zeros and NaN between: a name, and
+    [num_parameters] float64 for each step, ``steps`` usual ones and then 2 · ``steps`` others."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def usual(factor: float = 1.0, spread: float = 0.1) -> Tensor:
+        return 0.2 * factor * (spread * _drawn(generator)).exp()
+
+    before, after = range(steps), range(2 * steps)
+    zero, nan = usual() * 0, usual() * math.nan
+    for factor in (2.0, 10.0, 0.1):
+        yield f"the level changes by {factor:g}", [usual() for _ in before] + [usual(factor) for _ in after]
+    yield (
+        "constant, then twice that, with zeros and NaN between",
+        [usual(spread=0) for _ in before] + [(usual(2, 0), usual(2, 0), zero, nan)[i % 4] for i in after],
+    )
+    yield "a slow drift", [usual(1.02**i, 0.01) for i in range(3 * steps)]
+    yield "frozen at first", [zero for _ in before] + [usual() for _ in after]
+    yield "a third at 0", [zero if i % 3 == 2 else usual() for i in range(3 * steps)]
+    yield "zeros from then on", [usual() for _ in before] + [zero for _ in after] + [usual()]
+
+
+def _drawn(generator: torch.Generator) -> Tensor:
+    return torch.randn(len(PARAMETERS), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def norms_for(strategy: Strategy, parts: Tensor) -> Norms:
@@ -64,10 +92,14 @@ def norms_for(strategy: Strategy, parts: Tensor) -> Norms:
     elif strategy.per_unit:
         shares = [part.expand(p.units) / p.units**0.5 for part, p in zip(parts, PARAMETERS, strict=True)]
         parts, labels = torch.cat(shares), ()
-        of, weights = list(range(len(parts))), torch.linspace(0, 40, len(parts))
+        of, weights = (
+            list(range(len(parts))),
+            torch.linspace(0, 40, len(parts), dtype=torch.float32, device="cpu"),
+        )
     else:
         of = [strategy.group_of(p) for p in PARAMETERS]
-    sums, index = torch.zeros(len(labels) or len(of), dtype=torch.float64), torch.tensor(of)
+    sums = torch.zeros(len(labels) or len(of), dtype=torch.float64, device="cpu")
+    index = torch.tensor(of, dtype=torch.int64, device="cpu")
     if math.isinf(strategy.norm_type):  # the reduction sends a NaN as ∞
         sums.scatter_reduce_(0, index, parts.nan_to_num(nan=math.inf, posinf=math.inf), "amax")
     else:

@@ -32,6 +32,11 @@ def strategies(n: float) -> dict[str, Callable[[], distclip.Strategy]]:
         "SkipSpikes, loss": lambda: distclip.SkipSpikes(4, 3.0, min_history=3, use_loss=True),
         "GlobalNorm, Warmup": lambda: distclip.GlobalNorm(distclip.Warmup(0.1 * n, 2.0 * n, steps=4)),
         "PerParameter, Cosine": lambda: distclip.PerParameter(distclip.Cosine(0.5 * n, 0.1 * n, steps=4)),
+        "Chain, Value first": lambda: distclip.Chain(
+            distclip.Value(0.05 * n),
+            distclip.SkipSpikes(4, 1e3, min_history=3),
+            distclip.ZClip(warmup=3, max_norm=0.2 * n),
+        ),
         "Chain": lambda: distclip.Chain(
             distclip.SkipSpikes(4, 1e3, min_history=3),
             distclip.AdaGC(warmup=2, max_norm=0.8 * n),

@@ -83,6 +83,12 @@ def strategies(grads: dict[str, Tensor]) -> dict[str, tuple[distclip.Strategy, E
         for p in NORM_TYPES
     }
     table["Value"] = (distclip.Value(bound), lambda g: clamped(g, bound))
+    for p in (1.0, 2.0):
+        most = 0.3 * oracle.norm(clamped(grads, bound).values(), p)
+        table[f"Chain, Value first, p={p}"] = (
+            distclip.Chain(distclip.Value(bound), distclip.GlobalNorm(most, p)),
+            lambda g, p=p, most=most: scaled(clamped(g, bound), most, p),
+        )
     table["PerParameter"] = (
         distclip.PerParameter(middle),
         lambda g: {n: scaled({n: x}, middle, 2)[n] for n, x in g.items()},

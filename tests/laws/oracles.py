@@ -19,7 +19,8 @@ class PercentileOracle:
     norms: list[float] = field(default_factory=list)
 
     def threshold(self, n: float) -> float:
-        self.norms.append(n)
+        if n > 0:
+            self.norms.append(n)
         if len(self.norms) < self.warmup:
             return self.initial
         return self.multiplier * float(np.percentile(np.array(self.norms[-self.history :]), self.percentile))
@@ -30,16 +31,24 @@ class SkipSpikesOracle:
     window: int
     sigma: float
     min_history: int
+    patience: int
     norms: list[float] = field(default_factory=list)
+    run: int = 0
 
     def skips(self, n: float) -> bool:
         previous = self.norms[-self.window :]
         skip = len(previous) + 1 >= self.min_history and (
             n - np.mean(previous) > self.sigma * np.std(previous, ddof=1)
         )
-        if not skip:
+        if skip and self.run < self.patience:
+            self.run += 1
+            return True
+        if skip:
+            self.norms.clear()
+        if n > 0:
             self.norms.append(n)
-        return bool(skip)
+            self.run = 0
+        return False
 
 
 @dataclass
@@ -49,11 +58,15 @@ class ZClipOracle:
     max_norm: float
     warmup: int
     eps: float
+    patience: int
+    run: int = 0
     first: list[float] = field(default_factory=list)
     mean: float = math.nan
     variance: float = math.nan
 
     def coefficient(self, n: float) -> float:
+        if n == 0:
+            return 1.0
         if len(self.first) < self.warmup:
             self.first.append(n)
             if len(self.first) == self.warmup:
@@ -61,11 +74,13 @@ class ZClipOracle:
             return self.max_norm / (n + self.eps) if n > self.max_norm else 1.0
         std = math.sqrt(self.variance)
         z = (n - self.mean) / (std + self.eps)
-        fed = n
+        fed, self.run = n, self.run + 1 if z > self.z_threshold else 0
         if z > self.z_threshold:
             fed = self.mean + self.z_threshold * std / (z / self.z_threshold)
         self.mean = self.alpha * self.mean + (1 - self.alpha) * fed
         self.variance = self.alpha * self.variance + (1 - self.alpha) * (fed - self.mean) ** 2
+        if self.run == self.patience:
+            self.first, self.run = [], 0
         effective = min(fed, self.max_norm)
         return effective / (n + self.eps) if n > effective else 1.0
 

@@ -234,6 +234,32 @@ class ClipsTheNorms(Strategy):
         return decision
 
 
+@breaks("goes on")
+class LearnsFromZeros(Strategy):
+    """Clips to the mean of the latest ten norms."""
+
+    norms: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.ones(10))
+
+    def forward(self, norms: Norms) -> Decision:
+        decision = clipped_to(norms.total, self.norms.mean())
+        self.norms.copy_(torch.cat((self.norms[1:], norms.total.view(1))))
+        return decision
+
+
+@breaks("goes on")
+class SkipsForEver(MovingAverage):
+    """A norm above 1.5 times the mean of those that were not skipped."""
+
+    def forward(self, norms: Norms) -> Decision:
+        threshold = torch.where(self.mean > 0, 1.5 * self.mean, math.inf)
+        self.mean.copy_(torch.where(self.mean > 0, self.mean.lerp(norms.total, 0.1), norms.total))
+        return Scale(torch.ones_like(norms.total), threshold, skip=norms.total > threshold)
+
+
 @breaks("idempotent", memoryless=True)
 class HalvesAboveATenth(Strategy):
     def forward(self, norms: Norms) -> Decision:

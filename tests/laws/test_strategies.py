@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -67,6 +67,13 @@ ROWS = [
     Row("adagc", lambda: AdaGC(warmup=4)),
     Row("skip spikes", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5)),
     Row("skip spikes, loss", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5, use_loss=True)),
+    Row("chain, value first", lambda: Chain(Value(0.2), ZClip(warmup=5, max_norm=3.0), GlobalNorm(0.3))),
+    Row(
+        "chain, skips twice",
+        lambda: Chain(
+            SkipSpikes(8, 3.0, min_history=5, patience=3), SkipSpikes(8, 4.0, min_history=6, patience=8)
+        ),
+    ),
     Row("chain, global", lambda: Chain(SkipSpikes(8, 3.0, min_history=5), ZClip(warmup=5), GlobalNorm(0.7))),
     Row(
         "chain, value last",
@@ -133,7 +140,11 @@ def norms_for(strategy: Strategy, parts: np.ndarray) -> Norms:
         sums[slot] = max(sums[slot].item(), part) if math.isinf(p) else sums[slot] + part**p
         if math.isinf(p) and math.isnan(part):
             sums[slot] = math.inf  # as the reduction sends it
-    return Norms.from_power_sums(sums, p, labels)
+    measured = Norms.from_power_sums(sums, p, labels)
+    if strategy.num_extra:  # of gradients of one element
+        extra = [strategy.elementwise(torch.tensor([part])) for part in parts]
+        measured = replace(measured, extra=torch.stack(extra).sum(0))
+    return measured
 
 
 def skips(decision: Decision) -> bool:
@@ -196,8 +207,8 @@ def test_percentile_against_brute_force(history: Sequence[np.ndarray], q: float,
 @a_few
 @given(history=histories(bad=False), window=st.integers(2, 9), sigma=st.sampled_from([0.5, 2.0, 6.0]))
 def test_skip_spikes_against_brute_force(history: Sequence[np.ndarray], window: int, sigma: float) -> None:
-    strategy = SkipSpikes(window, sigma, min_history=3)
-    oracle = SkipSpikesOracle(window, sigma, min_history=3)
+    strategy = SkipSpikes(window, sigma, min_history=3, patience=4)
+    oracle = SkipSpikesOracle(window, sigma, min_history=3, patience=4)
     for parts in history:
         decision = strategy.decide(norms_for(strategy, parts))
         assert skips(decision) == oracle.skips(total(parts))
@@ -206,8 +217,8 @@ def test_skip_spikes_against_brute_force(history: Sequence[np.ndarray], window: 
 @a_few
 @given(history=histories(bad=False), max_norm=st.sampled_from([0.6, 5.0, math.inf]), warmup=st.integers(1, 6))
 def test_zclip_against_brute_force(history: Sequence[np.ndarray], max_norm: float, warmup: int) -> None:
-    strategy = ZClip(0.9, 2.0, max_norm, warmup=warmup, eps=1e-5)
-    oracle = ZClipOracle(0.9, 2.0, max_norm, warmup=warmup, eps=1e-5)
+    strategy = ZClip(0.9, 2.0, max_norm, warmup=warmup, eps=1e-5, patience=3)
+    oracle = ZClipOracle(0.9, 2.0, max_norm, warmup=warmup, eps=1e-5, patience=3)
     for parts in history:
         decision = strategy.decide(norms_for(strategy, parts))
         expected = oracle.coefficient(total(parts))

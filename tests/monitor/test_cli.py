@@ -52,6 +52,15 @@ def test_recommend(run: Path, capsys: Capture) -> None:
     assert len(advised["spikes"]) == 20
 
 
+def test_replay_says_where_it_differs(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "zeros.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "total_norm": {i % 3}}}\n' for i in range(60)))
+    assert main(["replay", str(path), "-s", "zclip"]) == 0
+    assert "20 norms are 0" in " ".join(capsys.readouterr().out.split())
+    assert main(["replay", str(path), "-s", "global(1.0)"]) == 0
+    assert "norms are 0" not in capsys.readouterr().out
+
+
 def test_replay(run: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments = ["replay", str(run), "-s", "zclip", "-s", "percentile(95, multiplier=2)", "-s", "global(1.0)"]
     assert main([*arguments, "--json"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import distclip
 from distclip._report import ClipReport
 from distclip.monitor import History, parse_strategy, read, replay
 from distclip.monitor.history import written
-from distclip.monitor.replaying import tally
+from distclip.monitor.replaying import differences, tally
 from distclip.monitor.run import HistoryError
 
 STEPS = 120
@@ -33,6 +34,48 @@ STRATEGIES: dict[str, Callable[[], distclip.Strategy]] = {
     "adagc": lambda: distclip.AdaGC(warmup=10, max_norm=0.5),
     "fine chain": lambda: distclip.Chain(distclip.AdaGC(warmup=10), distclip.GlobalNorm(0.3)),
 }
+
+
+def recorded(path: Path, norms: list[float], skipped: tuple[int, ...] = ()) -> Path:
+    lines = [
+        f'{{"step": {i}, "total_norm": {norm}, "skipped": {str(i in skipped).lower()}}}\n'
+        for i, norm in enumerate(norms)
+    ]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("norms", "skipped", "said"),
+    [
+        ([1.0] * 30, (), []),
+        ([1.0, 0.0] * 15, (), ["15 norms are 0"]),
+        ([1.0] * 30, tuple(range(5, 15)), []),
+        ([1.0] * 30, tuple(range(5, 16)), ["11 steps in a row were skipped.*patience=10"]),
+        ([1.0] * 15 + [0.0] * 3 + [1.0] * 12, tuple(range(18, 30)), ["3 norms are 0", "12 steps in a row"]),
+    ],
+)
+def test_where_a_replay_differs_from_what_0_1_0_did(
+    norms: list[float], skipped: tuple[int, ...], said: list[str], tmp_path: Path
+) -> None:
+    found = differences(read(recorded(tmp_path / "run.jsonl", norms, skipped)))
+    assert len(found) == len(said)
+    for sentence, expected in zip(found, said, strict=True):
+        assert re.search(expected, sentence)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "lacks"),
+    [
+        (distclip.AGC(), "the norms of the weights"),
+        (distclip.Chain(distclip.Value(1.0), distclip.GlobalNorm(1.0)), "the norm that its Value leaves"),
+    ],
+)
+def test_what_no_history_has(strategy: distclip.Strategy, lacks: str, tmp_path: Path) -> None:
+    with pytest.raises(HistoryError, match=f"needs {lacks}"):
+        replay(recorded(tmp_path / "run.jsonl", [1.0] * 9), strategy)
+
+
 FIELDS = ("total_norm", "clipped_norm", "coefficient", "threshold", "clipped", "nonfinite", "skipped")
 
 

@@ -33,8 +33,16 @@ def update(transform: Any, gradients: list[Tensor], parameters: list[Tensor] | N
             Chain(GlobalNorm(0.5, eps=0), Value(0.1)),
             optax.chain(optax.clip_by_global_norm(0.5), optax.clip(0.1)),
         ),
+        (
+            Chain(Value(0.1), GlobalNorm(0.3, eps=0)),
+            optax.chain(optax.clip(0.1), optax.clip_by_global_norm(0.3)),
+        ),
+        (
+            Chain(Value(0.5), Value(0.1), GlobalNorm(0.3, eps=0), GlobalNorm(0.2, eps=0), Value(0.02)),
+            optax.chain(optax.clip(0.1), optax.clip_by_global_norm(0.2), optax.clip(0.02)),
+        ),
     ],
-    ids=["clip_by_global_norm", "clip", "chain", "chain that clamps"],
+    ids=["clip_by_global_norm", "clip", "chain", "chain that clamps", "clamps first", "clamps at both ends"],
 )
 def test_every_step_as_optax(strategy: Strategy, transform: Any) -> None:
     touched = 0

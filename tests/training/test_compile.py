@@ -19,6 +19,7 @@ STRATEGIES: dict[str, Callable[[], distclip.Strategy]] = {
     "GlobalNorm": lambda: distclip.GlobalNorm(1.0),
     "PerParameter": lambda: distclip.PerParameter(0.5),
     "Value": lambda: distclip.Value(0.1),
+    "Chain, Value first": lambda: distclip.Chain(distclip.Value(0.1), distclip.GlobalNorm(0.5)),
 }
 
 

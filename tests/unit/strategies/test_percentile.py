@@ -61,10 +61,10 @@ def test_a_norm_at_the_threshold_is_left_alone() -> None:
     assert Percentile(50, multiplier=1, warmup=1).decide(norms(1e-3)).coefficient == 1
 
 
-def test_zero_norms() -> None:
-    strategy = Percentile(50, warmup=1)
+def test_zero_norms_teach_nothing() -> None:
+    strategy = Percentile(50, warmup=2, multiplier=1, initial=7.0)
+    assert thresholds(strategy, [0.0] * 5 + [3.0, 0.0, 3.0, 0.0]) == [7.0] * 7 + [3.0] * 2
     assert strategy.decide(norms(0.0)).coefficient == 1
-    assert strategy.decide(norms(0.0)).threshold == 0
 
 
 def test_another_norm_type() -> None:
@@ -93,7 +93,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 
 def test_the_ring_wraps_around() -> None:
     strategy = Percentile(0, multiplier=1, history=5, warmup=1)
-    history: list[float] = np.random.default_rng(0).permutation(40).astype(float).tolist()
+    history: list[float] = np.random.default_rng(0).permutation(range(1, 41)).astype(float).tolist()
     expected = [min(history[max(0, i - 4) : i + 1]) for i in range(40)]
     assert thresholds(strategy, history) == expected
     ring: Tensor = strategy.history.values

@@ -66,11 +66,33 @@ def test_what_is_not_finite_is_a_spike_once_steps_are_judged(bad: float) -> None
     assert skips(after(1.0, 2.0), bad)
 
 
-def test_a_raised_level_is_skipped_for_ever_until_told_to_forget() -> None:
-    strategy = after(1.0, 1.1, 0.9, 1.0)
-    assert all(skips(strategy, 10.0 + i % 2) for i in range(50))
+def test_a_raised_level_is_learned_after_patience_skips_or_when_told_to_forget() -> None:
+    strategy = after(1.0, 1.1, 0.9, 1.0, patience=7)
+    assert all(skips(strategy, 10.0 + i % 2) for i in range(7))
+    assert not any(skips(strategy, 10.0 + i % 2) for i in range(50))
+    assert skips(strategy, 1e3)  # the new level has spikes too
+    strategy = after(1.0, 1.1, 0.9, 1.0, patience=7)
+    assert all(skips(strategy, 10.0) for _ in range(6))
     strategy.forget()
     assert not any(skips(strategy, 10.0 + i % 2) for i in range(50))
+    assert all(skips(strategy, 1e3) for _ in range(7))
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
+def test_what_has_no_norm_neither_counts_nor_ends_a_run(nothing: float) -> None:
+    strategy = after(1.0, 1.1, 0.9, 1.0, patience=3)
+    for _ in range(3):
+        assert skips(strategy, 10.0)
+        skips(strategy, nothing)
+    assert not skips(strategy, 10.0)
+
+
+def test_a_step_that_is_taken_ends_a_run() -> None:
+    strategy = after(1.0, 1.1, 0.9, 1.0, patience=3)
+    for _ in range(10):
+        assert skips(strategy, 10.0)
+        assert skips(strategy, 10.0)
+        assert not skips(strategy, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,7 @@ def test_a_raised_level_is_skipped_for_ever_until_told_to_forget() -> None:
         ({"window": 1}, "window=1"),
         ({"sigma": -1}, "sigma=-1"),
         ({"min_history": 2}, "min_history=2"),
+        ({"patience": 0}, "patience=0"),
         ({"window": 50}, "min_history=64 is more than window=50 keeps"),
     ],
 )

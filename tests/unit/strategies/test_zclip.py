@@ -74,6 +74,7 @@ def test_constant_norms_have_no_deviation() -> None:
         ({"max_norm": -1}, "max_norm=-1"),
         ({"warmup": 0}, "warmup=0"),
         ({"eps": math.nan}, "eps=nan"),
+        ({"patience": 0}, "patience=0"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
