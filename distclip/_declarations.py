@@ -9,12 +9,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from distclip._life import Life, life_of
 from distclip._parameters import NamedParameter, walk_modules
 from distclip._placement import SUMMED, Declaration, whole_shape
 
 _of_modules: weakref.WeakKeyDictionary[nn.Module, dict[str, Declaration]] = weakref.WeakKeyDictionary()
 _of_parameters: dict[int, _OfParameter] = {}  # by id, for as long as it lives
-_sums_forgotten: dict[int, weakref.ref[Tensor]] = {}  # by id of those whose hook is there
+_sums_forgotten: dict[int, weakref.ref[Life]] = {}  # by id of those whose hook is there
 
 made = 0
 """Declarations so far: a plan that was made before the last of them may be out of date."""
@@ -45,12 +46,14 @@ def add_to_parameter(parameter: Tensor, declaration: Declaration) -> None:
         if gone is not None and not gone.planned:
             _lost.append((shape, label))
 
-    _of_parameters[key] = _OfParameter(weakref.ref(parameter, forget), replace(declaration, number=made))
+    _of_parameters[key] = _OfParameter(
+        weakref.ref(life_of(parameter), forget), replace(declaration, number=made)
+    )
 
 
 @dataclass
 class _OfParameter:
-    parameter: weakref.ref[Tensor]
+    life: weakref.ref[Life]
     declaration: Declaration
     planned: bool = False
 
@@ -96,7 +99,9 @@ class Declared:
         for p in parameters:
             declared = self.of.get(id(p.tensor))
             if declared is not None and declared.partial and id(p.tensor) not in _sums_forgotten:
-                _sums_forgotten[id(p.tensor)] = weakref.ref(p.tensor, partial(_unhooked, id(p.tensor)))
+                _sums_forgotten[id(p.tensor)] = weakref.ref(
+                    life_of(p.tensor), partial(_unhooked, id(p.tensor))
+                )
                 p.tensor.register_post_accumulate_grad_hook(_forget_sum)  # type: ignore[no-untyped-call]
 
     def _add(self, tensor: Tensor, declaration: Declaration) -> bool:

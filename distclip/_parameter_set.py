@@ -26,6 +26,7 @@ from distclip import _declarations
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._in_backward import require_gradients_after_backward
+from distclip._life import life_of
 from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._overlap import Overlap
@@ -318,14 +319,14 @@ class _Read:
         self.named = named_parameters(parameters)
         self.names = tuple(p.name for p in self.named)
         self._places = [(p.name, p.optimizer_group) for p in self.named]
-        self._tensors = [weakref.ref(p.tensor) for p in self.named]
+        self._lives = [weakref.ref(life_of(p.tensor)) for p in self.named]
         self.declared = Declared(self.named)
         self._declarations = [self.declared.of.get(id(p.tensor)) for p in self.named]
 
     def same_as(self, before: _Read) -> bool:
         return (
             self._places == before._places
-            and all(ref() is p.tensor for ref, p in zip(before._tensors, self.named, strict=True))
+            and all(ref() is life_of(p.tensor) for ref, p in zip(before._lives, self.named, strict=True))
             and self._declarations == before._declarations
         )
 

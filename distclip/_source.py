@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distclip._life import life_of
 from distclip._parameters import Parameters, walk_modules
 
 _requires_grad = attrgetter("requires_grad")
@@ -52,6 +53,9 @@ class _OfModules:
         self._modules = list(modules)
         inside = list({id(m): m for module in modules for m in module.modules()}.values())
         held = [m._parameters for m in inside]
+        # Whoever loads a whole module into another's __dict__ puts other dictionaries there.
+        self._attributes = list(map(vars, inside))
+        self._held, self._held_children = held, [m._modules for m in inside]
         full = [d for d in held if d]
         self._filled = full
         self._sizes = list(map(len, full))
@@ -76,7 +80,12 @@ class _OfModules:
             return False
         if any(self._empty) or self._odd or list(map(len, self._filled)) != self._sizes:
             return False
+        attributes = self._attributes
         try:
+            if not all(map(is_, map(getitem, attributes, repeat("_parameters")), self._held)):
+                return False
+            if not all(map(is_, map(getitem, attributes, repeat("_modules")), self._held_children)):
+                return False
             if not all(map(is_, map(getitem, self._dictionaries, self._keys), self._values)):
                 return False
         except KeyError:
@@ -98,7 +107,7 @@ class _OfTensors:
             if (witness := me()) is not None:
                 witness._gone = True  # and its address may be another's
 
-        self._references = [weakref.ref(t, forget) for t in bare if isinstance(t, Tensor)]
+        self._lives = [weakref.ref(life_of(t), forget) for t in bare if isinstance(t, Tensor)]
 
     def tensors(self, parameters: Parameters) -> list[Tensor] | None:
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from distclip._apply import OnNonfinite, change, resolve
 from distclip._as_called import AsCalled
 from distclip._decision import Scale
 from distclip._gradients import collect
+from distclip._life import life_of
 from distclip._norms import Norms
 from distclip._parameter_set import ParameterSet
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
@@ -252,7 +253,7 @@ class _Entry:
             if (entry := me()) is not None:
                 entry.parameters = None
 
-        self._tensors = [weakref.ref(t, forget) for t in tensors if isinstance(t, Tensor)]
+        self._lives = [weakref.ref(life_of(t), forget) for t in tensors if isinstance(t, Tensor)]
 
 
 def _set_of(
