@@ -24,3 +24,8 @@ class Transfer:
     @property
     def arrived(self) -> bool:
         return self._left is None or bool(self._left.query())
+
+    def wait(self) -> None:
+        """Until it has arrived."""
+        if self._left is not None:
+            self._left.synchronize()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distclip import _kernels as kernels
+from distclip._advice import is_main_rank
 from distclip._apply import OnNonfinite, require_policy
 from distclip._as_called import AsCalled
 from distclip._gradients import collect
@@ -25,9 +30,17 @@ from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._source import begun_to_train
 from distclip.clipper import Clipper
-from distclip.integrations._stepping import KeepingScaler, StepSkipper
+from distclip.integrations._stepping import (
+    KeepingScaler,
+    StepOfAccelerate,
+    StepSkipper,
+    holders_of,
+    leave_behind,
+)
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.training.unscaling import unscale_
+
+logger = logging.getLogger("distclip")
 
 _HANDLE = "_distclip"  # attribute of an accelerator that distclip is installed in
 _PATCHED = (
@@ -37,6 +50,7 @@ _PATCHED = (
     "unscale_gradients",
     "free_memory",
 )
+_SAVED = "distclip.bin"  # in the directory of ``save_state``
 _MOST_LISTS = 32  # of parameters; a script clips one or a few
 
 _REFUSED = {
@@ -72,22 +86,31 @@ def install(
     - Clipping the gradients of ``accelerator.no_sync`` is an error on every rank.
     - With a float16 scaler, gradients are unscaled exactly once, whichever parameters are clipped, and all
       ranks agree on whether there were infinities. ``accelerator.unscale_gradients`` may be called before.
+    - Where a step is left out, ``optimizer.step_was_skipped`` and ``accelerator.optimizer_step_was_skipped``
+      are true, so that a prepared scheduler does not advance. (For a fused optimizer on a GPU the host waits
+      for the decision only where these are asked, as a prepared scheduler does in every step.)
+    - ``save_state`` writes the strategy's state to a file of its own, which ``load_state`` reads if it is
+      there: a checkpoint goes with and without distclip. Copies and pickles of the accelerator are plain.
+
+    To leave out a step, or to unscale, distclip has to know the optimizer: parameters of which no optimizer
+    is prepared are an error then. What is no ``torch.optim.Optimizer`` (a wrapper, say) passes through
+    ``accelerator.prepare`` unchanged, and has to go through ``accelerator.prepare_optimizer``.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
         strategy: what decides in ``clip_grad_norm_``. ``max_norm`` and ``norm_type`` of the call are then not
-            used, except that ``max_norm=inf`` only measures, in the call's norm. Its state is registered with
-            the accelerator, for ``save_state`` and ``load_state``. A strategy with state belongs to one list
-            of parameters: for a script that clips several, pass what makes one for each, ``distclip.ZClip``
-            or a lambda. One that judges the loss gets that of ``accelerator.backward``. None: clip as the
-            call says, like ``distclip.GlobalNorm(max_norm, norm_type)``.
+            used, except that ``max_norm=inf`` only measures, in the call's norm. A strategy with state
+            belongs to one list of parameters: for a script that clips several, pass what makes one for each,
+            ``distclip.ZClip`` or a lambda. One that judges the loss gets that of ``accelerator.backward``.
+            None: clip as the call says, like ``distclip.GlobalNorm(max_norm, norm_type)``.
         on_nonfinite: as for :class:`distclip.Clipper`. ``"skip"`` lets the next step of the optimizers which
             hold the parameters do nothing (for one that is not fused, the host waits for the decision). By
             default ``"skip"`` with a strategy, and ``"propagate"``, as Accelerate does, without.
         stages, process_group, accumulate: as for :class:`distclip.Clipper`.
 
     Raises:
-        ValueError: DeepSpeed, Megatron-LM or XLA, which clip by their own means; or installed already.
+        ValueError: DeepSpeed, Megatron-LM or XLA, which clip by their own means; or installed already. From
+            the clip: no prepared optimizer holds the parameters, or LBFGS does, where that is no use.
         ModuleNotFoundError: Accelerate is not installed.
         TypeError: ``accelerator`` or ``strategy`` is none.
 
@@ -149,27 +172,39 @@ class Installed:
         self._loss: Tensor | None = None
         self._loss_used = False
         self._loaded: list[dict[str, Any]] = []  # states of lists that have not been clipped yet
+        # By the optimizer, torch's; of any other, by Accelerate's wrapper of it.
         self._skippers: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepSkipper] = (
             weakref.WeakKeyDictionary()
         )
+        self._steps = weakref.WeakSet[StepOfAccelerate]()
+        self._passes = 0  # of accelerator.backward
+        # What each list's last clip said, for optimizers that are not prepared: when, and whether to skip.
+        self._latest = weakref.WeakKeyDictionary[_List, tuple[int, Tensor]]()
+        self._unheld_said = weakref.WeakSet[Clipper]()
+        self._handles = [register_optimizer_step_pre_hook(_hook_of(self))]
+        weakref.finalize(self, self._handles[0].remove)
         setattr(accelerator, _HANDLE, self)
         self._overridden = {name: vars(accelerator)[name] for name in _PATCHED if name in vars(accelerator)}
         self._original = {name: getattr(accelerator, name) for name in _PATCHED}
         for name in _PATCHED:
             setattr(accelerator, name, getattr(self, f"_{name.strip('_')}"))
         self._scaler = None if accelerator.scaler is None else KeepingScaler(accelerator.scaler)
+        leave_behind(accelerator, *_PATCHED, _HANDLE, instead=self._hooks_of_others)
         if strategy is not None:
-            accelerator.register_for_checkpointing(self)
+            self._handles.append(accelerator.register_save_state_pre_hook(self._save))
+            self._handles.append(accelerator.register_load_state_pre_hook(self._load))
 
     def remove(self) -> None:
         """Give the accelerator its own methods back. A second call does nothing."""
         if getattr(self._accelerator, _HANDLE, None) is not self:
             return
-        for name in (*_PATCHED, _HANDLE):
+        for name in (*_PATCHED, _HANDLE, "__getstate__"):
             delattr(self._accelerator, name)
         vars(self._accelerator).update(self._overridden)
-        registered = self._accelerator._custom_objects
-        registered[:] = [obj for obj in registered if obj is not self]
+        for handle in self._handles:
+            handle.remove()
+        for step in self._steps:
+            step.remove()
         for skipper in self._skippers.values():
             skipper.remove()
         if self._scaler is not None:
@@ -194,6 +229,27 @@ class Installed:
                 lst.clipper.load_state_dict(states.pop(0))
         self._loaded = states
 
+    def _save(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        from accelerate.utils import save  # type: ignore[import-untyped]
+
+        everywhere = self._accelerator.project_configuration.save_on_each_node
+        save(self.state_dict(), os.path.join(directory, _SAVED), save_on_each_node=everywhere)
+
+    def _load(self, models: list[nn.Module], directory: str) -> None:
+        path = os.path.join(directory, _SAVED)
+        if os.path.isfile(path):
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        elif not _OfRelease010.found(self, directory) and is_main_rank():
+            logger.warning("%s was saved without distclip: %s starts anew", directory, self._strategy)
+
+    def _hooks_of_others(self) -> dict[str, Any]:
+        mine = {handle.id for handle in self._handles[1:]}
+        hooks = ("_save_model_state_pre_hook", "_load_model_state_pre_hook")
+        return {
+            name: OrderedDict((k, hook) for k, hook in vars(self._accelerator)[name].items() if k not in mine)
+            for name in hooks
+        }
+
     def _decided(self) -> list[_List]:
         """Those that the user's strategy decides for, in order of their first clip."""
         return sorted((lst for lst in self._lists.values() if lst.decided), key=lambda lst: lst.number)
@@ -201,6 +257,7 @@ class Installed:
     # --- in the place of the accelerator's methods ------------------------------------------------------
 
     def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
+        self._passes += 1
         if self._scaler is not None:
             self._scaler.forget()
         if self._strategy is not None and loss.numel() == 1:
@@ -229,7 +286,10 @@ class Installed:
         if not self._accelerator.sync_gradients:
             return
         lst = self._list(parameters, 2.0)
-        self._unscale(self._scaled(self._owners(lst)), lst)
+        owners = self._owners(lst)
+        if self._scaler_in_use:
+            self._require_held(lst, owners, skips=False)
+        self._unscale(self._scaled(owners), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
         for bucket in gradients.buckets:
             kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
@@ -251,6 +311,8 @@ class Installed:
     def _clip(self, lst: _List, policy: OnNonfinite) -> ClipReport:
         """Unscale, measure, decide, change: as ``Clipper.step`` does, up to the optimizer."""
         clipper, owners = lst.clipper, self._owners(lst)
+        if policy == "skip" or self._scaler_in_use:
+            self._require_held(lst, owners, skips=policy == "skip")
         clipper.begin()
         scaled = self._scaled(owners)
         inverse = None
@@ -266,14 +328,94 @@ class Installed:
             for optimizer in scaled:
                 record(self._accelerator.scaler, optimizer, report.nonfinite, OptState.UNSCALED)
         if outcome.may_skip:
-            # Non-finite steps are the scaler's to skip, where there is one.
-            skipped = report.skipped & ~report.nonfinite if self._scaler_in_use else report.skipped
-            for optimizer in owners:
-                if optimizer not in self._skippers:
-                    self._skippers[optimizer] = StepSkipper(optimizer)
-                self._skippers[optimizer].skipped = skipped
+            self._require_held(lst, owners, skips=True)
+            self._leave_out(lst, report)
         clipper.observe(report)
         return report
+
+    def _leave_out(self, lst: _List, report: ClipReport) -> None:
+        """What holds these parameters is to skip its next step, if the report says so."""
+        # Of prepared optimizers non-finite steps are the scaler's to skip, where there is one.
+        skipped = report.skipped & ~report.nonfinite if self._scaler_in_use else report.skipped
+        prepared = set()
+        for accelerated in self._accelerator._optimizers:
+            optimizer = _unwrapped(accelerated)
+            prepared.add(id(optimizer))
+            if any(id(p) in lst.ids for p in _held_by(optimizer)):
+                skipper = self._skipper_of(optimizer, accelerated)
+                skipper.note(skipped, of=self._passes, told=report.skipped)
+        for optimizer, skipper in self._skippers.items():  # that have been seen to step by themselves
+            other = skipper.hooked and id(optimizer) not in prepared
+            if other and any(id(p) in lst.ids for p in parameters_of(optimizer)):
+                skipper.note(report.skipped, of=self._passes)
+        self._latest[lst] = self._passes, report.skipped
+
+    def _skipper_of(self, optimizer: Any, accelerated: Any) -> StepSkipper:
+        key = optimizer if isinstance(optimizer, torch.optim.Optimizer) else accelerated
+        if key not in self._skippers:
+            self._skippers[key] = StepSkipper(optimizer)
+        skipper = self._skippers[key]
+        if accelerated not in skipper.told:
+            skipper.told.add(accelerated)
+            if accelerated.scaler is not None or not skipper.hooked:
+                self._steps.add(StepOfAccelerate(accelerated, skipper))
+        return skipper
+
+    def _any_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch, whosesoever, steps: one that is not prepared has to skip as well."""
+        if optimizer in self._skippers:
+            return
+        for lst, (passes, skipped) in self._latest.items():
+            if any(id(p) in lst.ids for p in parameters_of(optimizer)):
+                skipper = self._skippers.setdefault(optimizer, StepSkipper(optimizer))
+                skipper.note(skipped, of=passes)
+
+    def _require_held(self, lst: _List, owners: list[Any], *, skips: bool) -> None:
+        """
+        Raises:
+            ValueError: on every rank: the step that follows is out of reach.
+        """
+        lbfgs = next((o for o in owners if isinstance(o, torch.optim.LBFGS)), None)
+        if skips and lbfgs is not None:
+            raise ValueError(
+                f"{type(lbfgs).__name__} runs backward several times within a step, none of which can be "
+                "skipped: pass on_nonfinite='raise' or 'propagate' to install(), and no strategy that skips; "
+                "or train with another optimizer"
+            )
+        if owners and (not skips or lst.clipper in self._unheld_said):
+            return
+        held = {id(p) for o in owners for p in _held_by(o)}
+        held.update(id(p) for o, s in self._skippers.items() if s.hooked for p in parameters_of(o))
+        unheld = [t for t in lst.tensors if t.requires_grad and id(t) not in held]
+        self._unheld_said.add(lst.clipper)
+        if not unheld or (owners and not is_main_rank()):
+            return
+        kinds = holders_of(unheld)
+        what = (
+            f"no optimizer that this accelerator has prepared holds {self._name_of(unheld[0])}"
+            + (f" and {len(unheld) - 1} more of the parameters that are clipped" if unheld[1:] else "")
+            + (f" ({', '.join(kinds)} does)" if kinds else "")
+        )
+        remedy = (
+            "Pass the optimizer through accelerator.prepare, or accelerator.prepare_optimizer if it is no "
+            "torch.optim.Optimizer (prepare hands such a one back as it is), and step what that returns"
+        )
+        if owners:
+            logger.warning(
+                "%s: a step that distclip skips may be taken there all the same. %s; if nothing is to train "
+                "them, set requires_grad_(False).", what, remedy,
+            )  # fmt: skip
+            return
+        scaled = "their gradients would stay multiplied by the loss scale"
+        taken = "a step that is to be skipped would be taken all the same"
+        raise ValueError(f"{what}: {taken if skips else scaled}. {remedy}.")
+
+    def _name_of(self, tensor: Tensor) -> str:
+        for model in self._accelerator._models:
+            for name, parameter in model.named_parameters():
+                if parameter is tensor:
+                    return repr(name)
+        return f"a parameter of shape {tuple(tensor.shape)}"
 
     def _unscale(self, optimizers: list[torch.optim.Optimizer], lst: _List | None = None) -> None:
         for optimizer in optimizers:
@@ -284,7 +426,7 @@ class Installed:
     def _owners(self, lst: _List) -> list[torch.optim.Optimizer]:
         """The optimizers that hold some of the parameters."""
         optimizers = [_unwrapped(o) for o in self._accelerator._optimizers]
-        return [o for o in optimizers if any(id(p) in lst.ids for p in parameters_of(o))]
+        return [o for o in optimizers if any(id(p) in lst.ids for p in _held_by(o))]
 
     @property
     def _scaler_in_use(self) -> bool:
@@ -399,6 +541,62 @@ class _List:
         if self._elementwise is None or begun_to_train(self.tensors, self._elementwise.frozen):
             self._elementwise = build_plan(named_parameters(self.tensors), alone=True)
         return self._elementwise
+
+
+class _OfRelease010:
+    """Stands among the accelerator's objects while it loads a checkpoint of distclip 0.1.0, which registered
+    its state there."""
+
+    def __init__(self, installed: Installed, others: list[Any]) -> None:
+        self._installed, self._others = installed, others
+
+    @staticmethod
+    def found(installed: Installed, directory: str) -> bool:
+        """Whether one file more than there are objects is there, and is ours: then it will be loaded."""
+        objects = installed._accelerator._custom_objects
+        saved = [name for name in os.listdir(directory) if re.fullmatch(r"custom_checkpoint_\d+\.pkl", name)]
+        if len(saved) != len(objects) + 1:
+            return False
+        for i in range(len(saved)):
+            path = os.path.join(directory, f"custom_checkpoint_{i}.pkl")
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:  # of another object: it may hold anything
+                continue
+            if isinstance(state, dict) and list(state) == ["lists"]:
+                stand_in = _OfRelease010(installed, objects)
+                installed._accelerator._custom_objects = [*objects[:i], stand_in, *objects[i:]]
+                return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._installed._accelerator._custom_objects = self._others
+        self._installed.load_state_dict(state)
+
+
+def _hook_of(installed: Installed) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+    """For torch's list of hooks, which is to keep nothing alive."""
+    reference = weakref.ref(installed)
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        target = reference()
+        if target is not None:
+            target._any_step(optimizer)
+
+    return hook
+
+
+def _held_by(optimizer: Any) -> Iterator[Tensor]:
+    """The parameters of what has been prepared; of a wrapper without groups, of the optimizers in it."""
+    if hasattr(optimizer, "param_groups"):
+        yield from parameters_of(optimizer)
+    else:
+        for inner in vars(optimizer).values():
+            if isinstance(inner, torch.optim.Optimizer):
+                yield from parameters_of(inner)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
