@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -61,11 +60,15 @@ class Clipper:
             SGD and (torch 2.13, not yet 2.11) Adagrad, and strategies with one coefficient for all.
         overlap: measure each gradient during backward, as soon as it is final, so that after backward only
             the collective and the decision remain: those of FSDP2 and other DTensors, of DDP modules in
-            ``parameters``, and of a single process. The rest (also what is offloaded to the CPU) is measured
-            after backward, and so is whatever has been changed since, unless behind autograd's back, through
-            ``p.grad.data`` say, and only in part. (With a GradScaler call :meth:`step`: what its ``unscale_``
-            does goes behind it too.) Not for unit-wise strategies and those with sums of their own (``AGC``,
-            ``Value(measure_direction=True)``), nor with a comm hook of one's own on DDP.
+            ``parameters``, and of a single process. The rest (also what is offloaded to the CPU, and DDP with
+            a communication hook of the script's own) is measured after backward, and so is whatever has been
+            changed since, by a hook or by the script. What cannot be seen: on the CPU, a change through a
+            NumPy array or raw pointer that was taken before; on accelerators, whatever changes no version
+            (``p.grad.data``, ``GradScaler.unscale_``, collectives), if only in part: call :meth:`step` with
+            the GradScaler, and ``torch.autograd.graph.increment_version(p.grad)`` after others. Not for
+            unit-wise strategies and those with sums of their own (``AGC``,
+            ``Value(measure_direction=True)``). DDP takes one communication hook, so register one of your own
+            before the first clip.
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
 
@@ -314,18 +317,19 @@ class Clipper:
             if not changes(outcome):
                 return
             gradients = self._measured.collect()
+        if self._overlap is not None:
+            self._overlap.forget()  # kernels of distclip's own change no version
         change(outcome, gradients, self._measured.slots)
 
     def _gather_in_backward(self, plan: Plan) -> None:
-        if plan.partial or any(p.partial for p in plan.placements):
-            return  # these are summed first, after backward
         if self._overlap is not None:
             self._overlap.remove()
             self._overlap = None
+        if plan.partial or any(p.partial for p in plan.placements):
+            return  # these are summed first, after backward
         overlap = Overlap(plan, self.tensors, self._modules(), self.strategy.norm_type, self._accumulate)
         if overlap.listens:
             self._overlap = overlap
-            weakref.finalize(self, overlap.remove)
 
     def _modules(self) -> list[nn.Module]:
         source = self._source if isinstance(self._source, list) else [self._source]
