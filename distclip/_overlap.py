@@ -300,61 +300,58 @@ class Overlap:
         self._expected.clear()
         self._queued.clear()
         gradients: list[Any] = list(map(_gradient, self._parameters))
-        changed = self._changed(gradients)
+        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        found = gradients if len(there) == len(gradients) else [gradients[i] for i in there]
+        measured = [then() for then in self._of(there, self._measured)]
+        replaced = []
+        if not all(map(is_, measured, found)):
+            replaced = [i for i, then, g in zip(there, measured, found, strict=True) if then is not g]
+            if not all(_is_simple(local_of(gradients[i])) for i in replaced):
+                return None
+        locals_ = list(map(local_of, found)) if self._sharded else found
+        places = addresses(locals_)
+        if replaced:
+            new = set(replaced)
+            kept = [n for n, i in enumerate(there) if i not in new]
+            same = [[column[n] for n in kept] for column in (there, found, locals_, places)]
+            changed = sorted([*replaced, *self._written(*same)])
+        else:
+            changed = self._written(there, found, locals_, places)
         untouched = self._untouched(set(changed)) if self._sampled else True
         if untouched is False:
             self.forget()
-            changed = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self._put_zero([i for i, gradient in enumerate(gradients) if gradient is None and self._counted[i]])
-        if changed:
-            new = [gradients[i] for i in changed]
-            if not all(map(self._lies_as_its_parameter, changed, new)):
-                return None
-            if not all(_is_simple(local_of(gradient)) for gradient in new):
-                return None
-        if self._share_memory(gradients):
+            changed = there
+        if len(there) < len(gradients):
+            self._put_zero([i for i, gradient in enumerate(gradients) if gradient is None])
+        anew = [gradients[i] for i in changed]
+        if not all(map(self._lies_as_its_parameter, changed, anew)) or _share_memory(locals_, places):
             return None
         if changed:
-            self._measure_and_note(changed, new)
+            self._measure_and_note(changed, anew)
         return torch.where(untouched, self._sums, torch.nan) if isinstance(untouched, Tensor) else self._sums
 
-    def _changed(self, gradients: Sequence[Any]) -> list[int]:
-        """The gradients that may not be what was measured. In loops inside Python's C code, mostly."""
-        same = list(map(is_, [then() for then in self._measured], gradients))
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        known = there if all(same) else [i for i in there if same[i]]
-        found = [gradients[i] for i in known]
-        locals_ = list(map(local_of, found)) if self._sharded else found
-        marks = [self._marks[i] for i in known]
-        is_as_then = (
-            addresses(locals_) == [self._addresses[i] for i in known]
-            and list(map(_version, locals_)) == [self._versions[i] for i in known]
-            and (not self._sharded or list(map(_version, found)) == [self._outer_versions[i] for i in known])
-            and all(mark is not None and mark.holds for mark in dict.fromkeys(marks))
-            and all(map(is_marked, locals_))
-        )
-        if not is_as_then:
-            held = [
-                address(local) == self._addresses[i]
-                and local._version == self._versions[i]
-                and gradient._version == self._outer_versions[i]
-                and (mark is None or (mark.holds and is_marked(local)))
-                for i, gradient, local, mark in zip(known, found, locals_, marks, strict=True)
-            ]
-            known = [i for i, holds in zip(known, held, strict=True) if holds]
-        if len(known) == len(there):
+    def _written(
+        self, there: list[int], gradients: list[Any], locals_: list[Any], places: list[int]
+    ) -> list[int]:
+        """Those of ``there`` that may not hold what was measured. Mostly in loops inside Python's C code."""
+        marks = self._of(there, self._marks)
+        columns = [places, list(map(_version, locals_))]
+        noted = [self._of(there, self._addresses), self._of(there, self._versions)]
+        if self._sharded:  # operators on a DTensor change its own version, others that of its local tensor
+            columns.append(list(map(_version, gradients)))
+            noted.append(self._of(there, self._outer_versions))
+        proven = all(mark is not None and mark.holds for mark in set(marks))
+        if columns == noted and proven and all(map(is_marked, locals_)):
             return []
-        still = set(known)
-        return [i for i in there if i not in still]
+        now, then = zip(*columns, strict=True), zip(*noted, strict=True)
+        return [
+            i
+            for i, local, mark, state, before in zip(there, locals_, marks, now, then, strict=True)
+            if state != before or not (mark is None or (mark.holds and is_marked(local)))
+        ]
 
-    def _share_memory(self, gradients: Sequence[Any]) -> bool:
-        locals_ = [local_of(gradient) for gradient in gradients if gradient is not None]
-        places = addresses(locals_)
-        if len(set(places)) == len(places):
-            return False
-        # Empty ones may lie anywhere.
-        places = [p for p, n in zip(places, map(Tensor.numel, locals_), strict=True) if n]
-        return len(set(places)) < len(places)
+    def _of(self, there: list[int], column: list[Any]) -> list[Any]:
+        return column if len(there) == len(column) else [column[i] for i in there]
 
     def _lies_as_its_parameter(self, i: int, gradient: Any) -> bool:
         if i in self._sharded and gradient._spec is not self._specs[i]:
@@ -384,6 +381,14 @@ class Overlap:
         now = torch.cat([elements.view(torch.uint8) for _, elements in kept])
         then = torch.cat([sample.view(torch.uint8) for sample, _ in kept])
         return torch.equal(now, then) if now.is_cpu else (now == then).all()
+
+
+def _share_memory(locals_: list[Tensor], places: list[int]) -> bool:
+    if len(set(places)) == len(places):
+        return False
+    # Empty ones may lie anywhere.
+    places = [place for place, n in zip(places, map(Tensor.numel, locals_), strict=True) if n]
+    return len(set(places)) < len(places)
 
 
 @dataclass(eq=False)

@@ -12,9 +12,7 @@ what another stream uses.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ is_marked: Any = getattr(torch._C, "_is_cow_tensor", None)
 _storage_address: Any = getattr(torch._C, "_data_address", None)
 AVAILABLE = None not in (_lazy_clone, is_marked, _storage_address)
 
-_is_cpu = attrgetter("is_cpu")
-
 
 class Mark:
     """What a storage was marked with. It holds until the storage is marked again.
@@ -37,13 +33,14 @@ class Mark:
     again, after something has been written, another's proof must not come back with that.
     """
 
-    __slots__ = ("__weakref__", "holds")
+    __slots__ = ("holds",)
 
     def __init__(self) -> None:
         self.holds = True
 
 
-_marks: weakref.WeakValueDictionary[int, Mark] = weakref.WeakValueDictionary()  # by storage
+_marks: dict[int, Mark] = {}  # by storage; of one that is gone, whatever comes to lie there takes it over
+_KEPT = 1 << 18
 
 
 def can_be_proven(tensor: Tensor) -> bool:
@@ -67,22 +64,23 @@ def mark(tensor: Tensor) -> Mark | None:
             return None
         found = None
     if found is None or not found.holds:
+        if len(_marks) >= _KEPT:
+            while _marks:
+                _marks.popitem()[1].holds = False
         found = _marks[storage] = Mark()
     return found
 
 
-def address(tensor: Tensor) -> int:
-    """Where the elements lie."""
-    if AVAILABLE and tensor.is_cpu:
-        return int(_storage_address(tensor)) + int(tensor.storage_offset()) * tensor.element_size()
-    return tensor.data_ptr()
-
-
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    if not AVAILABLE or not all(map(_is_cpu, tensors)):
-        return list(map(address, tensors))
+    """Where the elements of each lie, for tensors that have memory of their own."""
+    if not AVAILABLE:
+        return list(map(Tensor.data_ptr, tensors))
     begins, offsets = list(map(_storage_address, tensors)), list(map(Tensor.storage_offset, tensors))
     if not any(offsets):
         return begins
     sizes = map(Tensor.element_size, tensors)
     return [begin + offset * size for begin, offset, size in zip(begins, offsets, sizes, strict=True)]
+
+
+def address(tensor: Tensor) -> int:
+    return addresses([tensor])[0]
