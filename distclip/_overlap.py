@@ -1,19 +1,28 @@
 """Norms gathered during backward: each gradient is measured as soon as it is final.
 
-What has been measured is kept with the gradient's address and version. Only what still has both at the clip
-is used, the rest is measured then, so that the norm is that of the gradients as they are, whatever
-accumulates into them or puts others in their place. But ``GradScaler.unscale_`` and collectives change
-gradients without a new version: a few elements are kept too, and where these have changed everything is
-measured anew (on an accelerator, where the host would have to wait to know, the norm becomes NaN).
+With each goes what tells, at the clip, whether it is still what was measured: the object that ``.grad``
+held, where its elements lay, its version, and on the CPU the proof that nothing has written there since, by
+whatever name (``_writes``). All of it is noted when a gradient is measured, not later, so nothing that
+happens in backward after that can pass for measured; and what does not tell this any more is measured at the
+clip. So the norm is that of ``.grad`` as it is then, whatever accumulates into it, replaces it or takes it
+away.
+
+What is written outside torch's kernels is beyond this: through a NumPy array or a raw pointer that was taken
+before. And accelerators have no such proof, only versions, which ``p.grad.data``, ``GradScaler.unscale_`` and
+collectives pass by: there a few elements of some gradients are kept too, and where these have changed, the
+norm becomes NaN (the host would have to wait to know). ``torch.autograd.graph.increment_version(p.grad)``
+tells.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -23,19 +32,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
+from distclip._averaging import Action, averaging_of
 from distclip._placement import MANAGED
 from distclip._plan import Plan
 from distclip._reduction import is_offloaded, local_of
 from distclip._synchronisation import wrappers
 from distclip._transfer import on_device
+from distclip._writes import Mark, address, addresses, can_be_proven, is_marked, mark
 
 _BATCH = 1 << 20  # elements that are measured in one go
 _SAMPLED = 4  # gradients, 16 elements of each
-_NOTHING = (0, -1)  # in place of the address and the version of a gradient that is not there
 
 _gradient = attrgetter("grad")
-_local = attrgetter("_local_tensor")
 _version = attrgetter("_version")
+
+logger = logging.getLogger("distclip")
 
 
 class Overlap:
@@ -43,8 +54,11 @@ class Overlap:
 
     Taken as they arrive: gradients of DTensors (FSDP2 after its reduce-scatter), of the DDP modules in
     ``modules`` after their all-reduce, and of plain parameters in a world of one rank. Whatever else there is
-    (FSDP1, gradients offloaded to the CPU, plain parameters whose synchronisation nobody can see) is measured
-    at the clip.
+    (FSDP1, gradients offloaded to the CPU, sparse ones, plain parameters whose synchronisation nobody can
+    see, DDP with a communication hook of the script's own) is measured at the clip.
+
+    Attributes:
+        listens: whether any gradient is taken as it arrives.
     """
 
     def __init__(
@@ -57,38 +71,47 @@ class Overlap:
     ) -> None:
         self._parameters = [tensors[i] for i in plan.positions]
         self._norm_type, self._accumulate, self._device = norm_type, accumulate, plan.device
-        self._sums = torch.zeros(len(self._parameters), dtype=torch.float64, device=plan.device)
-        self._seals: list[tuple[int, int]] = [_NOTHING] * len(self._parameters)
-        # Not measured yet, by the stream that brings them: FSDP2 has one for each kind of reduction, and what
-        # is measured there waits for no other.
+        n = len(self._parameters)
+        with torch.inference_mode(mode=False):  # it is written to outside as well
+            self._sums = torch.zeros(n, dtype=torch.float64, device=plan.device)
+        self._counted = [False] * n  # whether the sum may be more than 0
+        # Of what has been measured, by parameter:
+        self._measured: list[Callable[[], Tensor | None]] = [_nothing] * n  # the gradient, while it lives
+        self._addresses, self._versions, self._outer_versions = [0] * n, [0] * n, [0] * n
+        self._marks: list[Mark | None] = [None] * n
+        # Arrived and not measured yet, by the stream that brings them: FSDP2 has one for each kind of
+        # reduction, and what is measured there waits for no other.
         self._arrived: defaultdict[Hashable, _Batch] = defaultdict(_Batch)
-        self._unsealed: list[int] = []  # measured or not
+        self._expected: defaultdict[int, list[_Expected]] = defaultdict(list)  # by backward pass
+        self._queued: set[int] = set()  # backward passes
         self._sampled: list[tuple[int, Tensor]] = []
-        self._sealed: _Sealed | None = None
-        self._sharded = {i: None for i, p in enumerate(self._parameters) if isinstance(p, DTensor)}
+        self._sharded = {i for i, p in enumerate(self._parameters) if isinstance(p, DTensor)}
         self._placements = [p.torch_placements for p in plan.placements]
-        self._specs: list[Any] = [None] * len(self._parameters)  # that were found to be in order
+        self._specs: list[Any] = [None] * n  # that were found to be in order
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._index = {id(p): i for i, p in enumerate(self._parameters)}
         self._handles: list[Any] = []
-        self._listening_to: list[weakref.ref[DistributedDataParallel]] = []
-        self._queued = False
+        self._listening_to: list[weakref.WeakSet[Any]] = []
         self._listen(modules)
+        # Hooks refer to this weakly: they go with it.
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def _listen(self, modules: Sequence[nn.Module]) -> None:
-        """Sets ``self.listens``: whether any gradient will be taken as it arrives."""
         me = weakref.ref(self)
         under_ddp: set[int] = set()
-        index = {id(p): i for i, p in enumerate(self._parameters)}
-        self._index = index
+        heard: set[int] = set()
         for module in wrappers(modules):
             if isinstance(module, DistributedDataParallel):
-                under_ddp |= {id(p) for p in module.parameters()}
-                if module not in _listeners:  # DDP takes one hook, once and for all
-                    of_module: weakref.WeakSet[Overlap] = weakref.WeakSet()
-                    module.register_comm_hook(None, _after_all_reduce(of_module, module.process_group))
-                    _listeners[module] = of_module
-                _listeners[module].add(self)
-                self._listening_to.append(weakref.ref(module))
+                of_module = {id(p) for p in module.parameters()}
+                under_ddp |= of_module
+                try:
+                    averaging = averaging_of(module)
+                except ValueError as taken:
+                    _say_once(module, f"overlap=True: gradients are measured after backward: {taken}")
+                    continue
+                averaging.listeners.add(self)
+                self._listening_to.append(averaging.listeners)
+                heard |= of_module
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         for i, parameter in enumerate(self._parameters):
             final = isinstance(parameter, DTensor) or (alone and not hasattr(parameter, MANAGED))
@@ -97,92 +120,151 @@ class Overlap:
             if final and id(parameter) not in under_ddp and parameter.requires_grad:
                 hook = _after_accumulation(me, i)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-        self.listens = bool(self._handles) or not under_ddp.isdisjoint(index)
+        self.listens = bool(self._handles) or not heard.isdisjoint(self._index)
 
     def remove(self) -> None:
         """Take the hooks away. (That of DDP cannot be: it goes on as DDP's own all-reduce.)"""
-        for module in filter(None, (ref() for ref in self._listening_to)):
-            _listeners[module].discard(self)
+        for listeners in self._listening_to:
+            listeners.discard(self)
         self._listening_to.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
+        self.forget()
+
+    # --- in backward -----------------------------------------------------------------------------------
 
     def arrive(self, i: int) -> None:
-        """Gradient i is final, unless backward goes on to add to it."""
+        """Gradient i is final, unless backward goes on to add to it, or other hooks of its parameter change
+        it: so what has arrived before is measured now, and this one once another has come.
+        """
         if torch._C._current_graph_task_id() == -1:  # FSDP2 in a pipeline stage reduces after backward
-            self._seals[i], self._sealed = _NOTHING, None
+            self._measured[i] = _nothing
             return
         gradient = self._parameters[i].grad
         if gradient is None:
             return
-        self._unsealed.append(i)
         local = local_of(gradient)
         stream = _current_stream(local)
+        if self._arrived[stream].elements >= _BATCH:
+            self._measure_batch(self._arrived.pop(stream))
         batch = self._arrived[stream]
         batch.parameters.append(i)
         batch.elements += local.numel()
-        if batch.elements >= _BATCH:
-            self._measure_batch(self._arrived.pop(stream))
-        self.queue()
+        self._queue()
 
-    def queue(self) -> None:
-        """Have what has arrived sealed at the end of this backward pass."""
-        if not self._queued:
-            self._queued = True
+    def expect(self, bucket: dist.GradBucket) -> Action | None:
+        """DDP is about to average these gradients."""
+        if torch._C._current_graph_task_id() == -1 or bucket.buffer().layout is not torch.strided:
+            return None  # a sparse one is measured at the clip
+        parameters = bucket.parameters()
+        places = [(n, self._index[id(p)]) for n, p in enumerate(parameters) if id(p) in self._index]
+        if not places:
+            return None
+        expected = _Expected([n for n, _ in places], [i for _, i in places])
+        for i in expected.parameters:
+            self._measured[i] = _nothing
+            gradient = self._parameters[i].grad
+            expected.before.append(None if gradient is None else _state_of(gradient))
+        self._expected[self._queue()].append(expected)
+        return partial(self._measure_bucket, expected)
+
+    def _measure_bucket(self, expected: _Expected, bucket: dist.GradBucket) -> None:
+        gradients = bucket.gradients()
+        averaged = [gradients[n] for n in expected.places]
+        # DDP brings them into ``.grad`` at the end of backward: not before then are they what was measured.
+        self._measure(expected.parameters, averaged)
+        expected.averaged = [(address(g), g._version, g.dtype, g.numel()) for g in averaged]
+
+    def _queue(self) -> int:
+        """Have what has arrived measured at the end of this backward pass. Returns which that is."""
+        task: int = torch._C._current_graph_task_id()
+        if task not in self._queued:
+            self._queued.add(task)
             # Twice, because DDP puts the gradients in their place in such a callback of its own.
-            _at_the_end(lambda: _at_the_end(self._seal))
+            _at_the_end(lambda: _at_the_end(partial(self._finish, task)))
+        return task
 
-    def expect(self, bucket: Sequence[Tensor]) -> None:
-        """The gradients of these parameters are being all-reduced, and then measured: to be sealed."""
-        self._unsealed.extend(self._index[id(p)] for p in bucket if id(p) in self._index)
-        self.queue()
-
-    def measure(self, bucket: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """The all-reduce has left these gradients."""
-        mine = [
-            (self._index[id(p)], g) for p, g in zip(bucket, gradients, strict=True) if id(p) in self._index
-        ]
-        self._measure([i for i, _ in mine], [g for _, g in mine])
-
-    def _seal(self) -> None:
-        self._queued = False
+    def _finish(self, task: int) -> None:
+        self._queued.discard(task)
         # Backward waits for the streams of its nodes, and FSDP2 for its own, before this is called.
         while self._arrived:
             self._measure_batch(self._arrived.popitem()[1])
-        for i in self._unsealed:
-            gradient = self._parameters[i].grad
-            in_order = self._lie_as_their_parameters([gradient], [i])
-            self._seals[i] = _seal_of(gradient) if in_order else _NOTHING
-        self._unsealed.clear()
-        sealed = [i for i, seal in enumerate(self._seals) if seal != _NOTHING]
-        self._sealed = _Sealed.of(self._seals, sealed, [i for i in sealed if i in self._sharded])
-        chosen = sealed[:: max(1, len(sealed) // _SAMPLED)]
-        with torch.no_grad():
-            self._sampled = [(i, _sample(self._parameters[i].grad).clone()) for i in chosen]
-
-    def forget(self) -> None:
-        """The gradients have been changed."""
-        self._seals = [_NOTHING] * len(self._seals)
-        self._sampled, self._sealed = [], None
+        for expected in self._expected.pop(task, ()):
+            self._note_averaged(expected)
+        uncertain = [i for i, m in enumerate(self._marks) if m is None and self._measured[i] is not _nothing]
+        if uncertain:
+            self._sample(uncertain)
 
     def _measure_batch(self, batch: _Batch) -> None:
-        arrived = list(dict.fromkeys(batch.parameters))
-        self._measure(arrived, [self._parameters[i].grad for i in arrived])
+        arrived = [i for i in dict.fromkeys(batch.parameters) if self._parameters[i].grad is not None]
+        self._measure_and_note(arrived, [self._parameters[i].grad for i in arrived])
+
+    def _note_averaged(self, expected: _Expected) -> None:
+        """Those gradients of a bucket that are now, to the last element, what DDP has averaged."""
+        if expected.averaged is None:
+            return
+        for i, before, (place, version, dtype, numel) in zip(
+            expected.parameters, expected.before, expected.averaged, strict=True
+        ):
+            gradient = self._parameters[i].grad
+            if gradient is None or before is None or gradient is not before.gradient():
+                continue
+            local = local_of(gradient)
+            if not _is_simple(local) or local.dtype != dtype or local.numel() != numel:
+                continue
+            now = _state_of(gradient)
+            is_bucket = (now.address, now.version) == (place, version)
+            # Else DDP has copied it there, in one operation, and nothing else has written.
+            is_copy = (now.address, now.version) == (before.address, before.version + 1)
+            if is_bucket or (is_copy and now.address != place):
+                self._note(i, gradient)
+
+    # --- measuring -------------------------------------------------------------------------------------
+
+    def _measure_and_note(self, parameters: Sequence[int], gradients: Sequence[Any]) -> None:
+        """Measures those that can be; the others count as not measured."""
+        for i, gradient in zip(parameters, gradients, strict=True):
+            self._measured[i] = _nothing
+            if _is_simple(local_of(gradient)) and self._lies_as_its_parameter(i, gradient):
+                self._note(i, gradient)
+        try:
+            self._measure(parameters, gradients)
+        except BaseException:
+            self.forget()
+            raise
+
+    def _note(self, i: int, gradient: Tensor) -> None:
+        """This is what is measured. Before that is read: what is written later can be told then."""
+        local = local_of(gradient)
+        if local.is_inference():  # has no version
+            return
+        found = mark(local) if can_be_proven(local) else None
+        if found is None and can_be_proven(local):
+            return
+        self._marks[i] = found
+        self._addresses[i] = address(local)
+        self._versions[i], self._outer_versions[i] = local._version, gradient._version
+        self._measured[i] = weakref.ref(gradient)
 
     @torch.no_grad()
-    def _measure(self, parameters: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+    def _measure(self, parameters: Sequence[int], gradients: Sequence[Tensor]) -> None:
         together: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+        empty: list[int] = []
         for i, gradient in zip(parameters, gradients, strict=True):
-            local = None if gradient is None else local_of(gradient)
-            if local is not None and _is_simple(local) and local.numel():
-                members, tensors = together.setdefault((local.device, local.dtype), ([], []))
-                members.append(i)
-                tensors.append(local)
+            local = local_of(gradient)
+            if not _is_simple(local):
+                continue
+            if not local.numel():
+                empty.append(i)
+                continue
+            members, tensors = together.setdefault((local.device, local.dtype), ([], []))
+            members.append(i)
+            tensors.append(local)
+            self._counted[i] = True
         for members, tensors in together.values():
-            self.put(members, kernels.power_sums(tensors, self._norm_type, self._accumulate))
+            self._put(members, kernels.power_sums(tensors, self._norm_type, self._accumulate))
+        self._put_zero(empty)
 
-    def put(self, parameters: Sequence[int], sums: Tensor) -> None:
+    def _put(self, parameters: Sequence[int], sums: Tensor) -> None:
         key = tuple(parameters)
         if key not in self._indices:
             if len(self._indices) >= 1024:
@@ -190,6 +272,21 @@ class Overlap:
             self._indices[key] = on_device(key, torch.int64, self._device)
         self._sums.index_copy_(0, self._indices[key], sums.to(self._device))
 
+    def _put_zero(self, parameters: Sequence[int]) -> None:
+        gone = [i for i in parameters if self._counted[i]]
+        if gone:
+            self._put(gone, torch.zeros(len(gone), dtype=torch.float64, device=self._device))
+            for i in gone:
+                self._counted[i] = False
+
+    # --- at the clip -----------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """The gradients have been changed: what was measured counts no more."""
+        self._measured = [_nothing] * len(self._measured)
+        self._sampled = []
+
+    @torch.no_grad()
     def sums(self) -> Tensor | None:
         """``Σ|g|^p`` (``max|g|``) of this rank's part of each gradient as it is, [num_parameters] float64.
 
@@ -198,55 +295,100 @@ class Overlap:
         """
         if torch.compiler.is_compiling():
             return None
-        untouched = self._untouched()
+        # Of a backward pass that raised there may be some left.
+        self._arrived.clear()
+        self._expected.clear()
+        self._queued.clear()
+        gradients: list[Any] = list(map(_gradient, self._parameters))
+        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        found = gradients if len(there) == len(gradients) else [gradients[i] for i in there]
+        measured = [then() for then in self._of(there, self._measured)]
+        replaced = []
+        if not all(map(is_, measured, found)):
+            replaced = [i for i, then, g in zip(there, measured, found, strict=True) if then is not g]
+            if not all(_is_simple(local_of(gradients[i])) for i in replaced):
+                return None
+        locals_ = list(map(local_of, found)) if self._sharded else found
+        places = addresses(locals_)
+        if replaced:
+            new = set(replaced)
+            kept = [n for n, i in enumerate(there) if i not in new]
+            same = [[column[n] for n in kept] for column in (there, found, locals_, places)]
+            changed = sorted([*replaced, *self._written(*same)])
+        else:
+            changed = self._written(there, found, locals_, places)
+        untouched = self._untouched(set(changed)) if self._sampled else True
         if untouched is False:
             self.forget()
-        gradients: list[Any] = list(map(_gradient, self._parameters))
-        if self._sealed is None or not self._sealed.holds(gradients):
-            if not self._measure_changed(gradients):
-                return None
-            return self._sums
+            changed = there
+        if len(there) < len(gradients):
+            self._put_zero([i for i, gradient in enumerate(gradients) if gradient is None])
+        anew = [gradients[i] for i in changed]
+        if not all(map(self._lies_as_its_parameter, changed, anew)) or _share_memory(locals_, places):
+            return None
+        if changed:
+            self._measure_and_note(changed, anew)
         return torch.where(untouched, self._sums, torch.nan) if isinstance(untouched, Tensor) else self._sums
 
-    def _measure_changed(self, gradients: Sequence[Any]) -> bool:
-        """Bring the sums up to date; False where they cannot be."""
-        self._sampled, self._sealed = [], None
-        if not self._lie_as_their_parameters(gradients):
-            return False
-        locals_ = [None if g is None else local_of(g) for g in gradients]
-        present = [local for local in locals_ if local is not None and local.numel()]
-        if not all(map(_is_simple, present)):
-            return False
-        if len({local.data_ptr() for local in present}) < len(present):
-            return False
-        seals = [_seal_of(gradient) for gradient in gradients]
-        changed = [i for i, (new, old) in enumerate(zip(seals, self._seals, strict=True)) if new != old]
-        self.put(changed, torch.zeros(len(changed), dtype=torch.float64, device=self._device))
-        self._measure(changed, [gradients[i] for i in changed])
-        self._seals = seals
+    def _written(
+        self, there: list[int], gradients: list[Any], locals_: list[Any], places: list[int]
+    ) -> list[int]:
+        """Those of ``there`` that may not hold what was measured. Mostly in loops inside Python's C code."""
+        marks = self._of(there, self._marks)
+        columns = [places, list(map(_version, locals_))]
+        noted = [self._of(there, self._addresses), self._of(there, self._versions)]
+        if self._sharded:  # operators on a DTensor change its own version, others that of its local tensor
+            columns.append(list(map(_version, gradients)))
+            noted.append(self._of(there, self._outer_versions))
+        proven = all(mark is not None and mark.holds for mark in set(marks))
+        if columns == noted and proven and all(map(is_marked, locals_)):
+            return []
+        now, then = zip(*columns, strict=True), zip(*noted, strict=True)
+        return [
+            i
+            for i, local, mark, state, before in zip(there, locals_, marks, now, then, strict=True)
+            if state != before or not (mark is None or (mark.holds and is_marked(local)))
+        ]
+
+    def _of(self, there: list[int], column: list[Any]) -> list[Any]:
+        return column if len(there) == len(column) else [column[i] for i in there]
+
+    def _lies_as_its_parameter(self, i: int, gradient: Any) -> bool:
+        if i in self._sharded and gradient._spec is not self._specs[i]:
+            if gradient._spec.placements != self._placements[i]:
+                return False
+            self._specs[i] = gradient._spec
         return True
 
-    def _lie_as_their_parameters(
-        self, gradients: Sequence[Any], parameters: Sequence[int] | None = None
-    ) -> bool:
-        for i, gradient in zip(parameters or range(len(gradients)), gradients, strict=True):
-            if i in self._sharded and gradient is not None and gradient._spec is not self._specs[i]:
-                if gradient._spec.placements != self._placements[i]:
-                    return False
-                self._specs[i] = gradient._spec
-        return True
+    # --- samples, where there is no proof --------------------------------------------------------------
 
-    def _untouched(self) -> Tensor | bool:
+    @torch.no_grad()
+    def _sample(self, uncertain: Sequence[int]) -> None:
+        chosen = uncertain[:: max(1, len(uncertain) // _SAMPLED)]
+        there = [(i, self._parameters[i].grad) for i in chosen]
+        self._sampled = [(i, _some_of(g).clone()) for i, g in there if g is not None]
+
+    def _untouched(self, changed: set[int]) -> Tensor | bool:
         """Whether the samples of the gradients that seem unchanged are; on an accelerator as [] bool."""
         kept = [
-            (i, then) for i, then in self._sampled if _seal_of(self._parameters[i].grad) == self._seals[i]
+            (sample, _some_of(gradient))
+            for i, sample in self._sampled
+            if i not in changed and (gradient := self._parameters[i].grad) is not None
         ]
         if not kept:
             return True
         # Their bytes: NaN is no other NaN.
-        now = torch.cat([_sample(self._parameters[i].grad) for i, _ in kept]).view(torch.uint8)
-        then = torch.cat([sample for _, sample in kept]).view(torch.uint8)
+        now = torch.cat([elements.view(torch.uint8) for _, elements in kept])
+        then = torch.cat([sample.view(torch.uint8) for sample, _ in kept])
         return torch.equal(now, then) if now.is_cpu else (now == then).all()
+
+
+def _share_memory(locals_: list[Tensor], places: list[int]) -> bool:
+    if len(set(places)) == len(places):
+        return False
+    # Empty ones may lie anywhere.
+    places = [place for place, n in zip(places, map(Tensor.numel, locals_), strict=True) if n]
+    return len(set(places)) < len(places)
 
 
 @dataclass(eq=False)
@@ -256,50 +398,35 @@ class _Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Sealed:
-    """The seals as columns, to be compared in loops inside Python's C code.
+class _State:
+    gradient: weakref.ref[Tensor]
+    address: int
+    version: int
+
+
+@dataclass(eq=False)
+class _Expected:
+    """A bucket of DDP on its way.
 
     Attributes:
-        present: gradients with elements on this rank, DTensors first; of these, num_sharded are.
-        absent: the others.
+        places, parameters: of the gradients in it that count: where each stands in it, and whose it is.
+        before: of each, its state before it is averaged; None where there is no gradient on this rank.
+        averaged: of each, once it is: address, version, dtype, number of elements.
     """
 
-    present: list[int]
-    num_sharded: int
-    absent: list[int]
-    addresses: list[int]
-    versions: list[int]
-
-    @staticmethod
-    def of(seals: Sequence[tuple[int, int]], sealed: Sequence[int], sharded: Sequence[int]) -> _Sealed | None:
-        first = set(sharded)
-        present = [*sharded, *(i for i in sealed if i not in first)]
-        addresses = [seals[i][0] for i in present]
-        if len(set(addresses)) < len(addresses):
-            return None
-        absent = [i for i, seal in enumerate(seals) if seal == _NOTHING]
-        return _Sealed(present, len(sharded), absent, addresses, [seals[i][1] for i in present])
-
-    def holds(self, gradients: Sequence[Any]) -> bool:
-        for i in self.absent:
-            if gradients[i] is not None and local_of(gradients[i]).numel():
-                return False
-        found = [gradients[i] for i in self.present]
-        n = self.num_sharded
-        try:
-            locals_: list[Any] = [*map(_local, found[:n]), *found[n:]]
-            return (
-                list(map(Tensor.data_ptr, locals_)) == self.addresses
-                and list(map(_version, locals_)) == self.versions
-            )
-        except (AttributeError, TypeError, RuntimeError):  # None, or no plain tensor any more
-            return False
+    places: list[int]
+    parameters: list[int]
+    before: list[_State | None] = field(default_factory=list)
+    averaged: list[tuple[int, int, torch.dtype, int]] | None = None
 
 
-# Who listens to the all-reduces of a DDP module.
-_listeners: weakref.WeakKeyDictionary[DistributedDataParallel, weakref.WeakSet[Overlap]] = (
-    weakref.WeakKeyDictionary()
-)
+def _nothing() -> None:
+    """In place of the reference to a gradient that was measured."""
+
+
+def _state_of(gradient: Tensor) -> _State:
+    local = local_of(gradient)
+    return _State(weakref.ref(gradient), address(local), local._version)
 
 
 def _current_stream(tensor: Tensor) -> Hashable:
@@ -308,19 +435,12 @@ def _current_stream(tensor: Tensor) -> Hashable:
 
 
 def _is_simple(local: Tensor) -> bool:
-    return type(local) is Tensor and local.layout is torch.strided
+    strided = type(local) is Tensor and local.layout is torch.strided
+    return strided and not (local.is_conj() or local.is_neg())
 
 
-def _seal_of(gradient: Tensor | None) -> tuple[int, int]:
-    local = None if gradient is None else local_of(gradient)
-    if local is None or not _is_simple(local) or not local.numel():
-        return _NOTHING
-    return local.data_ptr(), local._version
-
-
-def _sample(gradient: Tensor | None) -> Tensor:
+def _some_of(gradient: Tensor) -> Tensor:
     """[≤ 16]: a view of the elements of a gradient that are kept."""
-    assert gradient is not None
     some = local_of(gradient)
     if some.is_contiguous():
         return some.as_strided((min(16, some.numel()),), (1,))
@@ -338,26 +458,18 @@ def _after_accumulation(me: weakref.ref[Overlap], i: int) -> Callable[[Tensor], 
     return hook
 
 
-def _after_all_reduce(
-    listeners: weakref.WeakSet[Overlap], group: dist.ProcessGroup
-) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+def _remove_all(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
 
-    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        parameters, gradients, here = bucket.parameters(), bucket.gradients(), list(listeners)
-        for overlap in here:
-            overlap.expect(parameters)
 
-        def measure(future: torch.futures.Future[Tensor]) -> Tensor:
-            for overlap in here:
-                overlap.measure(parameters, gradients)
-            return future.value()
+_said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-        reduced = allreduce_hook(group, bucket)
-        return reduced.then(measure) if here else reduced
 
-    hook.__annotations__.clear()  # DDP refuses them as strings
-    return hook
+def _say_once(module: nn.Module, message: str) -> None:
+    if module not in _said:
+        _said.add(module)
+        logger.warning(message)
 
 
 def _at_the_end(callback: Callable[[], None]) -> None:

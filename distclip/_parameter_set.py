@@ -279,7 +279,6 @@ class ParameterSet:
         overlap = Overlap(plan, tensors, modules, self._strategy.norm_type, self._accumulate)
         if overlap.listens:
             self.overlap = overlap
-            weakref.finalize(self, overlap.remove)
 
     # --- are the gradients synchronised? --------------------------------------------------------------------
 

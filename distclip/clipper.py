@@ -57,11 +57,15 @@ class Clipper:
             SGD and (torch 2.13, not yet 2.11) Adagrad, and strategies with one coefficient for all.
         overlap: measure each gradient during backward, as soon as it is final, so that after backward only
             the collective and the decision remain: those of FSDP2 and other DTensors, of DDP modules in
-            ``parameters``, and of a single process. The rest (also what is offloaded to the CPU) is measured
-            after backward, and so is whatever has been changed since, unless behind autograd's back, through
-            ``p.grad.data`` say, and only in part. (With a GradScaler call :meth:`step`: what its ``unscale_``
-            does goes behind it too.) Not for unit-wise strategies and those with sums of their own (``AGC``,
-            ``Value(measure_direction=True)``), nor with a comm hook of one's own on DDP.
+            ``parameters``, and of a single process. The rest (also what is offloaded to the CPU, and DDP with
+            a communication hook of the script's own) is measured after backward, and so is whatever has been
+            changed since, by a hook or by the script. What cannot be seen: on the CPU, a change through a
+            NumPy array or raw pointer that was taken before; on accelerators, whatever changes no version
+            (``p.grad.data``, ``GradScaler.unscale_``, collectives), if only in part: call :meth:`step` with
+            the GradScaler, and ``torch.autograd.graph.increment_version(p.grad)`` after others. Not for
+            unit-wise strategies and those with sums of their own (``AGC``,
+            ``Value(measure_direction=True)``). DDP takes one communication hook, so register one of your own
+            before the first clip.
         accumulate: dtype of the local sums of squares, float32 or float64. (The sums of ranks and of
             parameters are always joined in float64; norms come out as float32.)
 
@@ -319,6 +323,8 @@ class Clipper:
             if not changes(outcome):
                 return
             gradients = measurement.collect(self._parameters.tensors)
+        if self._parameters.overlap is not None:
+            self._parameters.overlap.forget()  # kernels of distclip's own change no version
         change(outcome, gradients, measurement.slots)
 
     def observe(self, report: ClipReport) -> None:

@@ -156,8 +156,8 @@ def ddp_clip_hook(
     Raises:
         TypeError: ``model`` is not DDP.
         ValueError: not exactly one of ``clip_value`` and ``max_norm``, one that cannot be meant, a hook of
-            distclip that is there already, or ``max_norm`` where the ranks that DDP averages over are not the
-            only ones that hold a parameter (tensor parallelism).
+            distclip or of someone else that is there already, or ``max_norm`` where the ranks that DDP
+            averages over are not the only ones that hold a parameter (tensor parallelism).
 
     Example:
         >>> model = DistributedDataParallel(model)
