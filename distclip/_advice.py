@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections import deque
 
 import torch
@@ -22,6 +23,18 @@ BLOCK = 100
 """Steps between two later looks."""
 OFTEN, OFTEN_STEPS = 0.95, 200
 NEVER_STEPS = 1000
+SCALED = 250
+"""Norms so many thresholds high, in every one of the first steps, are those of a scaled loss."""
+EQUAL = 1e-5
+"""Norms that agree so well are no accident: clipping to 1 leaves 1e-6 of difference. (Norms of gradients that
+never change have none at all.)"""
+IN_A_ROW = 20
+"""Skipped steps: more than a new GradScaler needs to come down from 65,536."""
+_WHY_SPIKE = (
+    "The strategy takes them for spikes: if the norm has come to a new level to stay, make the strategy "
+    "anew, call its forget(), or choose a larger sigma."
+)
+_WHY_NONFINITE = "The gradients are not finite: clipper.find_nonfinite() names the parameters and the ranks."
 ORDINARY = 0.99
 """The share of ordinary steps that a suggested threshold leaves alone."""
 MOSTLY = 0.9
@@ -30,10 +43,24 @@ SPIKE_SIGMAS, SPIKE_FACTOR = 6.0, 2.0
 """A spike is as many robust deviations of log(norm) above the median, and at least this factor."""
 
 
+def warn_alike(message: str) -> None:
+    """Advice that a single process gets as a warning. Where there are others it goes to the log of rank 0:
+    a warning that is made an error would raise on one rank only, and the others would wait for it."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_main_rank():
+            logger.warning(message)
+    else:
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
 class Advice:
     """Watches the reports of a run, and logs what looks like a mistake: each mistake once, on rank 0.
 
-    - All norms of the first steps are exactly 0: clipping before ``backward``, or after ``zero_grad``.
+    - There is no gradient at all at the first clip, or all norms of the first steps are exactly 0: clipping
+      before ``backward``, or after ``zero_grad``.
+    - Each norm of the first steps is hundreds of times the threshold: a loss scale that nobody divided by.
+    - The norms of the first steps are equal but for rounding: something else has clipped before.
+    - Many steps in a row were skipped: that of :meth:`Clipper.step` leaves no other trace.
     - More than 95 % of the last 200 steps were clipped: the threshold is too low. With the threshold that
       ``distclip recommend`` gives for these steps.
     - Never clipped in 1000 steps, by a threshold that does not adapt. With the same.
@@ -47,20 +74,24 @@ class Advice:
         whole: whether the strategy compares one norm, that of the whole gradient, with one threshold. If
             not, that some parameter is clipped in every step is as it should be, and only the first
             mistake is looked for.
+        skips: whether steps may be skipped.
 
     Example:
         >>> advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
         >>> advice.observe(report)
     """
 
-    def __init__(self, *, whole: bool = True) -> None:
+    def __init__(self, *, whole: bool = True, skips: bool = False) -> None:
         self._whole = whole
         self._speaks: bool | None = None  # on rank 0 only, which is known at the first report
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._coming: Transfer | None = None  # a block of them
         self._seen = 0
         self._latest: deque[tuple[float, float, bool]] = deque(maxlen=NEVER_STEPS)
-        self._watching = {"zero", "often", "never"} if whole else {"zero"}
+        self._skipped = 0  # in a row
+        self._watching = {"zero", "first", "often", "never"} if whole else {"zero"}
+        if skips:
+            self._watching.add("skipped")
 
     @property
     def done(self) -> bool:
@@ -77,7 +108,7 @@ class Advice:
             self._speaks = is_main_rank()
             if not self._speaks:
                 return
-        self._pending.append((report.total_norm, report.threshold, report.clipped))
+        self._pending.append((report.total_norm, report.threshold, report.clipped, report.skipped))
         if self._coming is None and len(self._pending) >= (BLOCK if self._seen else FIRST_LOOK):
             self._coming = self._fetch()
         if self._coming is not None and self._coming.arrived:
@@ -85,25 +116,68 @@ class Advice:
             self._look(block)
 
     def _fetch(self) -> Transfer:
-        """[3, steps]: norms, thresholds (NaN where there are several), and which were clipped."""
+        """[4, steps]: norms, thresholds (NaN where there are several), which were clipped, and skipped."""
         pending, self._pending = self._pending, []
         self._seen += len(pending)
         nan = torch.full_like(pending[0][0], math.nan)
         columns = (
-            [norm for norm, _, _ in pending],
-            [t.to(nan) if t.dim() == 0 else nan for _, t, _ in pending],
-            [clipped.to(nan) for _, _, clipped in pending],
+            [norm for norm, _, _, _ in pending],
+            [t.to(nan) if t.dim() == 0 else nan for _, t, _, _ in pending],
+            [clipped.to(nan) for _, _, clipped, _ in pending],
+            [skipped.to(nan) for _, _, _, skipped in pending],
         )
         return Transfer(torch.stack([torch.stack(column) for column in columns]))
 
     def _look(self, block: Tensor) -> None:
-        norms, thresholds, clipped = block.tolist()
+        norms, thresholds, clipped, skipped = block.tolist()
         for norm, threshold, flag in zip(norms, thresholds, clipped, strict=True):
             if math.isfinite(norm):
                 self._latest.append((norm, threshold, bool(flag)))
+        for norm, flag in zip(norms, skipped, strict=True):
+            self._skipped = self._skipped + 1 if flag else 0
+            if self._skipped == IN_A_ROW and "skipped" in self._watching:
+                self._watching.discard("skipped")
+                logger.warning(
+                    "%d steps in a row were skipped (the last norm was %.3g), and no parameter has moved in "
+                    "them. %s", IN_A_ROW, norm, _WHY_SPIKE if math.isfinite(norm) else _WHY_NONFINITE,
+                )  # fmt: skip
         self._advise()
 
+    def no_gradients(self) -> None:
+        """No parameter has any gradient at the first clip, on a rank that holds all of them."""
+        if "zero" in self._watching and is_main_rank():
+            self._watching.discard("zero")
+            logger.warning(
+                "no parameter has a gradient at the first clip, so nothing is clipped: clip after backward() "
+                "and before optimizer.step() and zero_grad()."
+            )
+
+    def _advise_at_first(self) -> None:
+        """Of the first steps: what somebody else has done to the gradients, or has not."""
+        first = list(self._latest)[:FIRST_LOOK]
+        if len(first) < FIRST_LOOK:
+            return
+        self._watching.discard("first")
+        ratios = [norm / threshold if threshold > 0 else 0.0 for norm, threshold, _ in first]
+        smallest, largest = min(n for n, _, _ in first), max(n for n, _, _ in first)
+        if min(ratios) >= SCALED:
+            logger.warning(
+                "each of the first %d gradient norms was more than %d times the threshold (median %.3g, "
+                "threshold %.3g). If a GradScaler scales the loss, these are the norms of scaled gradients: "
+                "call clipper.step(optimizer, scaler), or scaler.unscale_(optimizer) before clipper.clip(). "
+                "If not, the threshold is far too low.", FIRST_LOOK, SCALED, _median(first), first[-1][1],
+            )  # fmt: skip
+        elif smallest > 0 and largest - smallest <= EQUAL * largest and len({n for n, _, _ in first}) > 2:
+            logger.warning(
+                "the first %d gradient norms were all %.6g: it seems that something else has clipped the "
+                "gradients to that before (a left-over clip_grad_norm_, say, or max_grad_norm of a trainer), "
+                "so that neither reports nor adaptive thresholds see their real norms. Delete that line.",
+                FIRST_LOOK, largest,
+            )  # fmt: skip
+
     def _advise(self) -> None:
+        if "first" in self._watching:
+            self._advise_at_first()
         if "zero" in self._watching and self._latest:
             self._watching.discard("zero")
             if all(norm == 0 for norm, _, _ in self._latest):
