@@ -29,6 +29,7 @@ class Window:
         weights: Σ of the weights of this rank's micro-batches, float64; None while there are none.
         weighted: whether its micro-batches have weights; None while no backward pass tells.
         current: the micro-batch that is going on.
+        staged: whether this is one stage of a pipeline.
     """
 
     steps: int = 1
@@ -38,6 +39,7 @@ class Window:
     weights: Weight | None = None
     weighted: bool | None = None
     current: MicroBatch | None = field(default=None, repr=False)
+    staged: bool = False
     _before: tuple[int, int, int, bool] = field(default=(1, 0, 0, True), repr=False)
 
     def begin(self, steps: int, last: bool) -> MicroBatch:
@@ -94,8 +96,15 @@ class Window:
     def require_alike(self, weighted: bool) -> None:
         """
         Raises:
-            ValueError: some micro-batches of the window have weights and others not.
+            ValueError: some micro-batches of the window have weights and others not; or weights in a
+                pipeline,
+                whose other stages do not know of them, and would not wait for their sum.
         """
+        if weighted and self.staged:
+            raise ValueError(
+                "weight= with a Clipper(stages=...): only the last stage knows the weights. Multiply the "
+                "loss by weight / (mean weight of all micro-batches) in the loss function of the schedule."
+            )
         if self.weighted is not None and self.weighted is not weighted:
             raise ValueError(
                 "some micro-batches of this window pass weight= to micro.backward() and others do not: their "
@@ -171,7 +180,8 @@ class MicroBatch:
 
         Raises:
             ValueError: this micro-batch had a backward pass already, or is over; only some micro-batches of
-                the window have weights; a weight is negative or not finite, or has several elements.
+                the window have weights, or the clipper has ``stages``; a weight is negative or not finite, or
+                has several elements.
             TypeError: ``loss`` or ``weight`` is nothing of that kind.
 
         Example:

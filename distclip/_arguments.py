@@ -31,8 +31,8 @@ def require_source(parameters: Any) -> None:
         parameters, nn.Module | torch.optim.Optimizer | Tensor | Iterable
     ):
         raise TypeError(
-            f"parameters={kind}: expected a Module, several Modules, an Optimizer, a Tensor, or an iterable of "
-            "Tensors or of (name, Tensor)"
+            f"parameters={kind}: expected a Module, several Modules, an Optimizer, a Tensor, or an iterable "
+            "of Tensors or of (name, Tensor)"
         )
     if isinstance(parameters, ValuesView):
         tensors = list(parameters)

@@ -128,7 +128,7 @@ class Clipper:
         self.steps = 0
         self._deferred = apply == "deferred"
         self._accumulate = accumulate
-        self._window = Window()
+        self._window = Window(staged=stages is not None)
         self._watched: Synchronisation | None = None
         self._suitable: tuple[int, ...] = ()
         self._rest: list[Tensor] = []  # what trains and is in none of the optimizers found suitable
