@@ -97,8 +97,7 @@ class Window:
         """
         Raises:
             ValueError: some micro-batches of the window have weights and others not; or weights in a
-                pipeline,
-                whose other stages do not know of them, and would not wait for their sum.
+                pipeline, whose other stages do not know of them, and would not wait for their sum.
         """
         if weighted and self.staged:
             raise ValueError(
