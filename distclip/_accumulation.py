@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+
+logger = logging.getLogger("distclip")
+
+Weight: TypeAlias = float | Tensor
+"""How much a micro-batch counts, ≥ 0: a number, or one element of any real dtype."""
 
 
 @dataclass
@@ -17,22 +26,61 @@ class Window:
         position: micro-batches of this window begun so far, also before a restart.
         backwards: those of them begun since then, whose gradients are really there.
         last: whether the micro-batch begun last is the last of the window.
+        weights: Σ of the weights of this rank's micro-batches, float64; None while there are none.
+        weighted: whether its micro-batches have weights; None while no backward pass tells.
+        current: the micro-batch that is going on.
+        staged: whether this is one stage of a pipeline.
     """
 
     steps: int = 1
     position: int = 0
     backwards: int = 0
     last: bool = True
+    weights: Weight | None = None
+    weighted: bool | None = None
+    current: MicroBatch | None = field(default=None, repr=False)
+    staged: bool = False
+    _before: tuple[int, int, int, bool] = field(default=(1, 0, 0, True), repr=False)
 
-    def begin(self, steps: int, last: bool) -> None:
+    def begin(self, steps: int, last: bool) -> MicroBatch:
+        """
+        Raises:
+            ValueError: inside another micro-batch, or ``steps`` changes within a window. So on every rank.
+        """
+        if self.current is not None:
+            raise ValueError(
+                "clipper.accumulate() inside clipper.accumulate(): each micro-batch is one `with` block of "
+                "its own. Leave the inner one out, or accumulate over the product of both numbers."
+            )
         if self.backwards and self.last:  # complete, and never used: step() raised, say
             self.close()
         if self.backwards and steps != self.steps:
             raise ValueError(f"{steps=}: this window of {self.steps} micro-batches is not complete")
+        self._before = (self.steps, self.position, self.backwards, self.last)
         self.steps = steps
         self.position += 1
         self.backwards += 1
         self.last = last or self.position >= steps
+        self.current = MicroBatch(self)
+        return self.current
+
+    def end(self) -> None:
+        self.current = None
+
+    def abandon(self) -> None:
+        """The micro-batch raised: it does not count."""
+        micro, self.current = self.current, None
+        assert micro is not None
+        if micro.done:  # its gradients are there: it counts, whatever came after
+            return
+        if micro.began:
+            logger.warning(
+                "the backward pass of micro-batch %d of %d raised before its end: the micro-batch is not "
+                "counted, but .grad may hold a part of its gradients. Call optimizer.zero_grad() and begin "
+                "the window anew, unless that part is welcome.", self.position, self.steps,
+            )  # fmt: skip
+        micro.complete = False
+        self.steps, self.position, self.backwards, self.last = self._before
 
     def require_complete(self) -> None:
         """
@@ -45,14 +93,48 @@ class Window:
                 "last one. Clip where `micro.complete` is true, or pass last=True to accumulate()."
             )
 
+    def require_alike(self, weighted: bool) -> None:
+        """
+        Raises:
+            ValueError: some micro-batches of the window have weights and others not; or weights in a
+                pipeline, whose other stages do not know of them, and would not wait for their sum.
+        """
+        if weighted and self.staged:
+            raise ValueError(
+                "weight= with a Clipper(stages=...): only the last stage knows the weights. Multiply the "
+                "loss by weight / (mean weight of all micro-batches) in the loss function of the schedule."
+            )
+        if self.weighted is not None and self.weighted is not weighted:
+            raise ValueError(
+                "some micro-batches of this window pass weight= to micro.backward() and others do not: their "
+                "gradients would not be parts of one mean. Pass a weight for all of them or for none."
+            )
+
+    def count(self, weight: Weight | None) -> None:
+        """A backward pass is done."""
+        self.weighted = weight is not None
+        if weight is not None:
+            self.weights = weight if self.weights is None else self.weights + weight
+
     @property
     def missing(self) -> float:
         """What an average over fewer micro-batches than ``steps`` has to be multiplied by."""
-        return self.steps / self.backwards if self.backwards else 1.0
+        if not self.backwards or self.weighted:
+            return 1.0
+        return self.steps / self.backwards
+
+    def weight_on(self, device: torch.device) -> Tensor | None:
+        """[1] float64, a new tensor: Σ of this rank's weights, or None where micro-batches have none."""
+        if self.weights is None:
+            return None
+        if isinstance(self.weights, Tensor):
+            return self.weights.to(device, torch.float64, copy=True).reshape(1)
+        return torch.full((1,), self.weights, dtype=torch.float64, device=device)
 
     def close(self) -> None:
         self.position = self.backwards = 0
         self.last = True
+        self.weights = self.weighted = None
 
 
 class MicroBatch:
@@ -63,15 +145,91 @@ class MicroBatch:
     """
 
     def __init__(self, window: Window) -> None:
+        self._window = window
         self._steps = window.steps
         self.complete = window.last
+        self.began = self.done = False  # its backward pass
 
-    def backward(self, loss: Tensor, scaler: GradScaler | None = None) -> None:
+    def backward(
+        self, loss: Tensor, scaler: GradScaler | None = None, *, weight: Weight | None = None
+    ) -> None:
         """``(loss / steps).backward()``, scaled by ``scaler`` where there is one.
 
         The gradients of a whole window so are those of the mean of its losses. Where a window has fewer
         micro-batches, ``clipper.step()`` makes up for the difference, in the multiplication that clips. (Who
         calls ``loss.backward()`` divides by ``steps`` as well.)
+
+        With ``weight``, say the number of tokens that ``loss`` is the mean of, the gradients of a window are
+
+        .. math:: \\sum_i w_i \\nabla\\ell_i \\Big/ \\sum_i w_i
+
+        over the micro-batches of the window and of all ranks (whose gradients DDP or FSDP averages): every
+        token counts the same, wherever it is. ``(weight * loss).backward()`` here, and ``clipper.step()`` or
+        ``clip()`` divides by the sum of the weights in the multiplication that clips. That sum travels in the
+        step's one collective; where there is none (replicas under DDP) or it does not reach all ranks or is
+        no sum (hybrid sharding, p = ∞, unit-wise strategies), in a small all-reduce of one number. Until the
+        clip ``.grad`` is larger than the mean by the mean weight of a rank, and so a dynamic loss scale for
+        float16 settles lower.
+
+        Args:
+            loss: one element.
+            scaler: that scales the loss, if any.
+            weight: ≥ 0; a number, or a tensor of one element, which the host does not read. A rank without
+                a share of the micro-batch passes 0. For all micro-batches of a window on all ranks, or none.
+
+        Raises:
+            ValueError: this micro-batch had a backward pass already, or is over; only some micro-batches of
+                the window have weights, or the clipper has ``stages``; a weight is negative or not finite, or
+                has several elements.
+            TypeError: ``loss`` or ``weight`` is nothing of that kind.
+
+        Example:
+            >>> with clipper.accumulate(4) as micro:
+            ...     micro.backward(mean_loss, scaler, weight=num_tokens)
         """
-        loss = loss / self._steps
+        window = self._window
+        if window.current is not self:
+            raise ValueError(
+                "micro.backward() outside its `with clipper.accumulate(...)` block, which decides whether "
+                "gradients are synchronised: call it inside"
+            )
+        if self.began:
+            raise ValueError(
+                "micro.backward() was called twice in one micro-batch, whose gradients would count twice. "
+                "Add its losses up, micro.backward(first + second), or open one accumulate() for each."
+            )
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"micro.backward() was given a {type(loss).__name__}: expected the loss, a tensor"
+            )
+        exact = None if weight is None else _as_weight(weight)
+        window.require_alike(exact is not None)
+        if exact is None:
+            loss = loss / self._steps
+        else:
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+            loss = loss * (exact.to(loss.device, loss.dtype) if isinstance(exact, Tensor) else exact)
+        self.began = True
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self.done = True
+        window.count(exact)
+
+
+def _as_weight(weight: Weight) -> Weight:
+    """A float, or [] float64 on the weight's own device."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex():
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)} and {weight.dtype}: expected one real number for "
+                "this micro-batch, mask.sum() say"
+            )
+        return weight.detach().reshape(()).double()
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"weight is a {type(weight).__name__}: expected a number, or a tensor of one element"
+        ) from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{weight=}: expected a finite number that is not negative")
+    return number

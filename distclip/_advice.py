@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections import deque
 
 import torch
@@ -25,12 +26,27 @@ NEVER_STEPS = 1000
 SKIPS, NONFINITE = 5, 20
 """So many steps in a row that were skipped as spikes, or whose norm was not finite, are no accident. (Loss
 scaling begins with a few that are not.)"""
+SCALED = 250
+"""Norms so many thresholds high, in every one of the first steps, are those of a scaled loss."""
+EQUAL = 1e-5
+"""Norms that agree so well are no accident: clipping to 1 leaves 1e-6 of difference. (Norms of gradients that
+never change have none at all.)"""
 ORDINARY = 0.99
 """The share of ordinary steps that a suggested threshold leaves alone."""
 MOSTLY = 0.9
 """The least share of the steps that are ordinary."""
 SPIKE_SIGMAS, SPIKE_FACTOR = 6.0, 2.0
 """A spike is as many robust deviations of log(norm) above the median, and at least this factor."""
+
+
+def warn_alike(message: str) -> None:
+    """Advice that a single process gets as a warning. Where there are others it goes to the log of rank 0:
+    a warning that is made an error would raise on one rank only, and the others would wait for it."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_main_rank():
+            logger.warning(message)
+    else:
+        warnings.warn(message, UserWarning, stacklevel=4)
 
 
 class Advice:
@@ -65,7 +81,7 @@ class Advice:
         self._coming: Transfer | None = None  # a block of them
         self._seen = 0
         self._latest: deque[tuple[float, float, bool]] = deque(maxlen=NEVER_STEPS)
-        self._watching = {"zero", "often", "never"} if whole else {"zero"}
+        self._watching = {"zero", "first", "often", "never"} if whole else {"zero"}
         self._skipping = {"skips", "nonfinite"}  # watched to the end of the run
         self._skips = 0  # the latest steps in a row that were skipped; those without a norm do not count
         self._nonfinite = 0  # the latest norms in a row that were not finite
@@ -133,7 +149,41 @@ class Advice:
                 "(clipper.find_nonfinite() names parameters and ranks).", self._nonfinite,
             )  # fmt: skip
 
+    def no_gradients(self) -> None:
+        """No parameter has any gradient at the first clip, on a rank that holds all of them."""
+        if "zero" in self._watching and is_main_rank():
+            self._watching.discard("zero")
+            logger.warning(
+                "no parameter has a gradient at the first clip, so nothing is clipped: clip after backward() "
+                "and before optimizer.step() and zero_grad()."
+            )
+
+    def _advise_at_first(self) -> None:
+        """Of the first steps: what somebody else has done to the gradients, or has not."""
+        first = list(self._latest)[:FIRST_LOOK]
+        if len(first) < FIRST_LOOK:
+            return
+        self._watching.discard("first")
+        ratios = [norm / threshold if threshold > 0 else 0.0 for norm, threshold, _ in first]
+        smallest, largest = min(n for n, _, _ in first), max(n for n, _, _ in first)
+        if min(ratios) >= SCALED:
+            logger.warning(
+                "each of the first %d gradient norms was more than %d times the threshold (median %.3g, "
+                "threshold %.3g). If a GradScaler scales the loss, these are the norms of scaled gradients: "
+                "call clipper.step(optimizer, scaler), or scaler.unscale_(optimizer) before clipper.clip(). "
+                "If not, the threshold is far too low.", FIRST_LOOK, SCALED, _median(first), first[-1][1],
+            )  # fmt: skip
+        elif smallest > 0 and largest - smallest <= EQUAL * largest and len({n for n, _, _ in first}) > 2:
+            logger.warning(
+                "the first %d gradient norms were all %.6g: it seems that something else has clipped the "
+                "gradients to that before (a left-over clip_grad_norm_, say, or max_grad_norm of a trainer), "
+                "so that neither reports nor adaptive thresholds see their real norms. Delete that line.",
+                FIRST_LOOK, largest,
+            )  # fmt: skip
+
     def _advise(self) -> None:
+        if "first" in self._watching:
+            self._advise_at_first()
         if "zero" in self._watching and self._latest:
             self._watching.discard("zero")
             if all(norm == 0 for norm, _, _ in self._latest):

@@ -45,29 +45,36 @@ class LossScale:
         """
         if scaler is None or not scaler.is_enabled():
             return LossScale(None, optimizers, None)
+        states = scaler._per_optimizer_states
         if scaler._scale is None and stage_device is not None:
             scaler._lazy_init_scale_growth_tracker(stage_device)
         if scaler._scale is None:
             raise ValueError(
                 "the scaler passed to step() has never scaled a loss: call scaler.scale(loss).backward()"
             )
-        stages = [scaler._per_optimizer_states[id(o)]["stage"] for o in optimizers]
+        stages = [states[id(o)]["stage"] if id(o) in states else OptState.READY for o in optimizers]
         if OptState.STEPPED in stages:
-            raise ValueError("scaler.step() has been called already: clipper.step() takes its place")
+            raise ValueError(
+                "scaler.step(), or clipper.step(..., update=False), has been called already for this "
+                "optimizer since the scale was updated: clipper.step() takes the place of scaler.step(), so "
+                "delete that line; and the last step of an iteration updates the scale"
+            )
         if len(set(stages)) > 1:
             raise ValueError(
                 "scaler.unscale_() was called for some of the optimizers and not for others: unscale all of "
                 "them or none (step() does it on its own)"
             )
-        unscaled = stages[0] == OptState.UNSCALED
+        unscaled = bool(stages) and stages[0] == OptState.UNSCALED
         return LossScale(scaler, optimizers, None if unscaled else reciprocal(scaler._scale))
 
-    def finish(self, nonfinite: Tensor) -> None:
-        """All optimizers have been stepped: tell the scaler, and let it update its scale."""
+    def finish(self, nonfinite: Tensor, *, update: bool = True) -> None:
+        """All optimizers have been stepped: tell the scaler, and let it ``update`` its scale."""
         if self.scaler is not None:
-            for optimizer in self.optimizers:
+            none: list[torch.optim.Optimizer | None] = [None]  # on a stage without parameters
+            for optimizer in self.optimizers or none:
                 record(self.scaler, optimizer, nonfinite, OptState.STEPPED)
-            self.scaler.update()
+            if update:
+                self.scaler.update()
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -75,7 +82,9 @@ def reciprocal(scale: Tensor) -> Tensor:
     return scale.double().reciprocal().float()
 
 
-def record(scaler: GradScaler, optimizer: torch.optim.Optimizer, nonfinite: Tensor, stage: OptState) -> None:
+def record(
+    scaler: GradScaler, optimizer: torch.optim.Optimizer | None, nonfinite: Tensor, stage: OptState
+) -> None:
     """Tell the scaler whether infinities were found, as its own unscale_ would."""
     assert scaler._scale is not None
     state = scaler._per_optimizer_states[id(optimizer)]

@@ -13,6 +13,7 @@ from distclip._gradients import Gradients
 from distclip._meter import Meter
 from distclip._norms import Norms, regroup
 from distclip._plan import Plan
+from distclip._reduction import reduce_message
 from distclip._runs import Collector
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._transfer import on_device
@@ -41,6 +42,15 @@ class Measurement:
         # Copied to the device once, when first asked for:
         self._slot_of_every: Tensor | None = None  # [parameters of all stages] int64
         self._parameter_of_unit: Tensor | None = None  # [units of all stages] int64
+        # Whether a number of each rank can travel in the step's collective, to all in scope.
+        group = plan.group
+        self.carries = (
+            isinstance(self.slots, Slots)
+            and not math.isinf(strategy.norm_type)
+            and not strategy.num_extra
+            and (plan.scope.size if group is None else group.size()) == plan.scope.size
+            and (group is not None or plan.scope.size == 1)
+        )
         # By whether every parameter is measured.
         self._meters: dict[bool, Meter] = {}
         self._collectors: dict[bool, Collector] = {}
@@ -63,6 +73,7 @@ class Measurement:
         factor: Tensor | None = None,
         loss: Tensor | None = None,
         ready: Tensor | None = None,
+        weight: Tensor | None = None,
         *,
         outdated: bool = False,
     ) -> tuple[Norms, Norms | None]:
@@ -70,7 +81,9 @@ class Measurement:
 
         Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
         One all-reduce at most. ``loss``: [] this rank's, or None where it has none. ``ready``: what
-        has been measured already, in place of the gradients. ``outdated``: say so to the other ranks.
+        has been measured already, in place of the gradients. ``weight``: [1] float64, a number of this rank
+        that becomes the sum over all, in place, where ``self.carries``. ``outdated``: say so to the other
+        ranks.
 
         Raises:
             OutdatedPlan: see ``reduce_message``.
@@ -81,8 +94,12 @@ class Measurement:
         plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
         meter = self._meter(param_norms or own)
         count = self._strategy.num_extra
-        beside = _with_count(loss, plan.device) if self._strategy.uses_loss else None
+        judged = _with_count(loss, plan.device) if self._strategy.uses_loss else None
+        parts = [x for x in (judged, weight if self.carries else None) if x is not None]
+        beside = torch.cat(parts) if parts else None
         sums, tail = meter.power_sums(gradients, factor, beside, ready, outdated=outdated)
+        if weight is not None and self.carries:
+            weight.copy_(tail[-1:])
         by_parameter = meter.norms(sums) if param_norms or own else None
         if param_norms and not own:
             if self._slot_of_every is None:
@@ -92,9 +109,14 @@ class Measurement:
         norms = replace(
             Norms.from_power_sums(sums, p, self.slots.labels),
             extra=tail[:count] if count else None,
-            loss=(tail[count] / tail[count + 1]).float() if beside is not None else None,
+            loss=(tail[count] / tail[count + 1]).float() if judged is not None else None,
         )
         return norms, by_parameter
+
+    def everywhere(self, number: Tensor) -> Tensor:
+        """[1] float64: the sum over all ranks in scope, in an all-reduce of its own."""
+        group = self._plan.scope.group()
+        return reduce_message(number, 1.0, None if group is None else group.group_name)
 
     def _norms_of_units(
         self, units: Units, tensors: Sequence[Tensor], gradients: Gradients, param_norms: bool, outdated: bool

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _declarations
+from distclip._arguments import require_material
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._in_backward import require_gradients_after_backward
@@ -93,11 +94,17 @@ class ParameterSet:
     # --- is it current? ---------------------------------------------------------------------------------
 
     def make_current(
-        self, parameters: Parameters, tensors: list[Tensor] | None = None, *, param_norms: bool = False
+        self,
+        parameters: Parameters,
+        tensors: list[Tensor] | None = None,
+        *,
+        param_norms: bool = False,
+        weighted: bool = False,
     ) -> list[Tensor]:
         """The tensors of ``parameters``, with a plan that describes them as they are, for one step.
 
-        ``tensors``: those, where the source is not kept and they are known to be the same as ever.
+        ``weighted``: whether a weight travels in this step. ``tensors``: those, where the source is not kept
+        and they are known to be the same as ever.
 
         Every rank in scope calls this, or none. Costs no message while nothing changes, except at calls 1, 2,
         4, 8, …, where the gradients of plain copies are compared.
@@ -111,7 +118,7 @@ class ParameterSet:
         compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
         if current is None:
-            self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms)
+            self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
             self._calls = 1
         else:
@@ -156,7 +163,7 @@ class ParameterSet:
 
     # --- what to do where it is not -----------------------------------------------------------------------
 
-    def _tell_others(self, tensors: list[Tensor], compares: bool, param_norms: bool) -> None:
+    def _tell_others(self, tensors: list[Tensor], compares: bool, param_norms: bool, weighted: bool) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
         join the step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
 
@@ -167,8 +174,12 @@ class ParameterSet:
             return
         if compares:
             require_equal_gradients(self.plan, tensors, testify=False)
+        assert self.measurement is not None
+        weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
+        if weight is not None and not self.measurement.carries:
+            self.measurement.everywhere(weight)
         try:
-            self.measure(tensors, param_norms, outdated=True)
+            self.measure(tensors, param_norms, None, None, weight, outdated=True)
         except OutdatedPlan as news:
             if not news.everyone:
                 raise OwnershipError(_CHANGED_HERE) from None
@@ -186,6 +197,7 @@ class ParameterSet:
         param_norms: bool = False,
         factor: Tensor | None = None,
         loss: Tensor | None = None,
+        weight: Tensor | None = None,
         *,
         outdated: bool = False,
     ) -> tuple[Gradients | None, Norms, Norms | None]:
@@ -196,7 +208,7 @@ class ParameterSet:
         gradients = self.measurement.collect(tensors, param_norms) if ready is None else None
         try:
             norms, by_parameter = self.measurement.norms(
-                tensors, gradients, param_norms, factor, loss, ready, outdated=outdated
+                tensors, gradients, param_norms, factor, loss, ready, weight, outdated=outdated
             )
         except OutdatedPlan:
             if outdated:
@@ -213,6 +225,7 @@ class ParameterSet:
             try:
                 read = _Read(parameters)
                 named = read.named
+                require_material((p.name for p in named), [p.tensor for p in named])
                 require_gradients_after_backward(named)
                 _require_gradients_in_grad(named)
                 if before is not None:

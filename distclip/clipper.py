@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import copy
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,20 +16,29 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip._accumulation import MicroBatch, Window
-from distclip._advice import Advice
+from distclip._advice import Advice, is_main_rank, logger, warn_alike
 from distclip._apply import OnNonfinite, Outcome, change, changes, require_policy, resolve
+from distclip._arguments import (
+    as_count,
+    as_loss,
+    as_optimizers,
+    require_group,
+    require_source,
+)
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
 from distclip._loss_scale import LossScale, reciprocal
 from distclip._norms import Norms
-from distclip._optimizer_step import require_covered, require_fused, take_step
+from distclip._optimizer_step import parameters_of, require_covered, require_fused, take_step
 from distclip._parameter_set import ParameterSet
-from distclip._parameters import Parameters, freeze_source
+from distclip._parameters import Parameters, bare_tensors, freeze_source
 from distclip._plan import Plan
 from distclip._reduction import local_loss
 from distclip._report import ClipReport
+from distclip._sharing import Usage, claim, count_use
 from distclip._source import witness_of
+from distclip._stepped import LIVING, AfterStep, StepGuard, Used
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
@@ -110,13 +121,23 @@ class Clipper:
             raise ValueError(f"overlap=True: {strategy} wants more than norms, and measures after backward")
         if accumulate not in (torch.float32, torch.float64):
             raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
+        require_source(parameters)
+        require_group("stages", stages)
+        require_group("process_group", process_group)
         self.strategy = strategy
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
         self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
         self.steps = 0
         self._deferred = apply == "deferred"
-        self._window = Window()
+        self._stages, self._process_group = stages, process_group
+        self._overlaps, self._accumulate = overlap, accumulate
+        self._window = Window(staged=stages is not None)
         self._suitable: _Suitable | None = None
+        self._round: _Round | None = None
+        self._guard = StepGuard()
+        weakref.finalize(self, self._guard.remove)
+        self._usage = Usage()
+        self._said: set[str] = set()  # once each
         self._parameters = ParameterSet(
             strategy,
             stages=stages,
@@ -132,6 +153,7 @@ class Clipper:
             },
         )
         self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
+        LIVING.add(self)
 
     @property
     def plan(self) -> Plan:
@@ -149,7 +171,7 @@ class Clipper:
         return self._parameters.tensors
 
     @torch.no_grad()
-    def clip(self, *, loss: Tensor | None = None, param_norms: bool = False) -> ClipReport:
+    def clip(self, *, loss: Tensor | float | None = None, param_norms: bool = False) -> ClipReport:
         """Clip the gradients in place: after ``backward``, before ``optimizer.step``, on every rank.
 
         One all-reduce of as many numbers as norms are asked for, none where all ranks hold everything;
@@ -181,8 +203,9 @@ class Clipper:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scaler: GradScaler | None = None,
         *,
-        loss: Tensor | None = None,
+        loss: Tensor | float | None = None,
         param_norms: bool = False,
+        update: bool = True,
     ) -> ClipReport:
         """Unscale once, measure, decide, clip, step or skip, update the scale: after ``backward``, on every
         rank, in place of ``scaler.unscale_``, ``clip_grad_norm_``, ``scaler.step`` and ``scaler.update``.
@@ -194,15 +217,22 @@ class Clipper:
 
         Args:
             optimizer: one, or several that are stepped or skipped together. All their parameters must be
-                among the clipper's.
+                among the clipper's. (Where a loop passes them one by one, the first call clips the gradients
+                of all, and those that follow step by its decision and return its report.)
             scaler: ``torch.amp.GradScaler`` or ``ShardedGradScaler`` that scaled the loss, if any. Its
                 ``unscale_`` may have been called before. ``scaler.update()`` is called here.
             loss: as for :meth:`clip`; not multiplied by the loss scale.
             param_norms: as for :meth:`clip`.
+            update: whether to call ``scaler.update()``. Where one scaler serves several clippers (a GAN),
+                only the last step of an iteration does: ``d.step(optimizer_d, scaler, update=False)``, then
+                ``g.step(optimizer_g, scaler)``.
 
         Raises:
             ValueError: gradients are not synchronised yet, the optimizer has parameters that the clipper
-                does not know, or it cannot do what ``apply="deferred"`` asks.
+                does not know, or it cannot do what ``apply="deferred"`` asks; the scale that the gradients
+                were made with has been updated since. And from the script's own ``optimizer.step()``,
+                ``scaler.step()``, ``unscale_()`` or ``update()`` behind this, with the same gradients.
+            TypeError: no ``torch.optim.Optimizer``.
             NonFiniteError: on every rank, where ``on_nonfinite="raise"`` and the norm is not finite.
 
         Example:
@@ -210,10 +240,16 @@ class Clipper:
             >>> report = clipper.step(optimizer, scaler)
             >>> optimizer.zero_grad()
         """
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        optimizers = as_optimizers(optimizer, may_be_empty=self._may_be_empty)
         plan = self.begin(param_norms=param_norms)
         try:
             self._require_suitable(optimizers)
+            states = getattr(scaler, "_per_optimizer_states", None)  # a scaler that is off has none
+            if isinstance(states, AfterStep):
+                states.require_fresh(self)
+            if self._continues(optimizers, scaler):
+                return self._continue(optimizers, scaler, update=update)
+            self._say_if_taken(optimizers)
             loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
         except ValueError:
             self._parameters.decline(param_norms)
@@ -225,9 +261,8 @@ class Clipper:
             self._parameters.overlap.forget()  # they have been unscaled
         outcome = self.carry_out(loss_scale.inverse, policy, loss, param_norms=param_norms)
         grad_scale = _grad_scale(outcome) if self._deferred else None
-        for each in optimizers:
-            take_step(each, outcome.report.skipped, may_skip=outcome.may_skip, grad_scale=grad_scale)
-        loss_scale.finish(outcome.report.nonfinite)
+        self._round = _Round(outcome, grad_scale, loss_scale.scaler)
+        self._take_steps(self._round, optimizers, update=update)
         self.steps += 1
         self._window.close()
         self.observe(outcome.report)
@@ -238,7 +273,9 @@ class Clipper:
         """Around the forward and backward pass of one micro-batch of ``steps`` that make one step.
 
         Until the last micro-batch of a window gradients are not synchronised (``no_sync`` of DDP and FSDP1,
-        ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``.
+        ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``. A
+        micro-batch that raises does not count, unless its backward pass was done; where that was under way,
+        ``.grad`` may hold a part of it, and a line in the log says so.
 
         Args:
             steps: micro-batches in a window, ≥ 1.
@@ -246,7 +283,11 @@ class Clipper:
                 count as the mean over the micro-batches that it has.
 
         Raises:
-            ValueError: ``steps`` is not positive, or changes within a window.
+            ValueError: ``steps`` is not positive, or changes within a window; inside another micro-batch.
+            TypeError: ``steps`` is no whole number.
+
+        Warns:
+            Once, where gradients come by another way than ``micro.backward``, which divides by ``steps``.
 
         Example:
             >>> for i, batch in enumerate(batches):
@@ -256,13 +297,27 @@ class Clipper:
             ...         clipper.step(optimizer, scaler)
             ...         optimizer.zero_grad()
         """
-        if steps < 1:
-            raise ValueError(f"{steps=}: expected at least one micro-batch")
-        self._window.begin(steps, last)
-        with contextlib.ExitStack() as stack:
-            if not self._window.last:
-                stack.enter_context(self._synchronisation_of_source.off())
-            yield MicroBatch(self._window)
+        micro = self._window.begin(as_count(steps), last)
+        before = None if "backward" in self._said else Used(self._bare())
+        try:
+            with contextlib.ExitStack() as stack:
+                if not self._window.last:
+                    stack.enter_context(self._synchronisation_of_source.off())
+                yield micro
+        except BaseException:
+            self._window.abandon()
+            raise
+        self._window.end()
+        if micro.began:
+            self._said.add("backward")
+        elif before is not None and not before.unchanged():
+            self._said.add("backward")
+            warn_alike(
+                "gradients came within clipper.accumulate() and not from micro.backward(loss), so the window "
+                "is the sum of its micro-batches and not their mean, unless you divide the loss by the "
+                "number of micro-batches. Write `with clipper.accumulate(steps) as micro: "
+                "micro.backward(loss, scaler)`."
+            )
 
     def begin(self, *, param_norms: bool = False) -> Plan:
         """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their
@@ -272,7 +327,11 @@ class Clipper:
             ValueError, OwnershipError, SettingsError: on every rank.
         """
         self._window.require_complete()
-        self._parameters.make_current(self._source, param_norms=param_norms)
+        if not torch.compiler.is_compiling():
+            claim(self.strategy, self)
+        self._parameters.make_current(
+            self._source, param_norms=param_norms, weighted=self._window.weights is not None
+        )
         assert self._parameters.plan is not None
         return self._parameters.plan
 
@@ -280,7 +339,7 @@ class Clipper:
         self,
         inverse_scale: Tensor | None,
         policy: OnNonfinite,
-        loss: Tensor | None = None,
+        loss: Tensor | float | None = None,
         *,
         param_norms: bool = False,
     ) -> Outcome:
@@ -293,15 +352,27 @@ class Clipper:
         """
         parameters = self._parameters
         plan = parameters.plan
+        measurement = parameters.measurement
         assert plan is not None
+        assert measurement is not None
         try:
+            given = as_loss(loss)
             if self.strategy.uses_loss:
-                loss = local_loss(loss, optional=plan.scope.stages is not None)
+                given = local_loss(given, optional=plan.scope.stages is not None)
             factor = self._factor(inverse_scale, plan.device)
-        except ValueError:
+            weight = self._window.weight_on(plan.device)
+        except (TypeError, ValueError):
             parameters.decline(param_norms)
             raise
-        gradients, norms, by_parameter = parameters.measure(parameters.tensors, param_norms, factor, loss)
+        if not torch.compiler.is_compiling():
+            self._note_use(plan)
+        if weight is not None and not measurement.carries:
+            factor = _over_mean(measurement.everywhere(weight), plan, factor)
+        gradients, norms, by_parameter = parameters.measure(
+            parameters.tensors, param_norms, factor, given, weight
+        )
+        if weight is not None and measurement.carries:
+            factor = _over_mean(weight, plan, factor)
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
@@ -354,6 +425,77 @@ class Clipper:
         if self._deferred:
             require_fused(optimizers)
         self._suitable = _Suitable(optimizers, self.tensors)
+
+    def _note_use(self, plan: Plan) -> None:
+        """What is looked at in the first clip."""
+        if self._usage.clips:
+            self._usage.clips += 1
+            return
+        count_use(self._usage, self.tensors[0] if self.tensors else None)
+        whole = plan.group_name is None and bool(plan.positions)
+        if whole and all(self.tensors[i].grad is None for i in plan.positions):
+            self._advice.no_gradients()
+
+    @property
+    def _may_be_empty(self) -> bool:
+        """Whether this rank may hold nothing at all, and still takes part."""
+        return self._stages is not None or self._process_group is not None
+
+    def _bare(self) -> list[Tensor]:
+        """The parameters, also before there is a plan."""
+        return self.tensors if self._parameters.plan is not None else bare_tensors(self._source)
+
+    def _continues(self, optimizers: list[torch.optim.Optimizer], scaler: GradScaler | None) -> bool:
+        """Whether these are the other optimizers of a step whose gradients have all been clipped already.
+
+        Raises:
+            ValueError: they are, with another scaler.
+        """
+        latest = self._round
+        if latest is None or not optimizers or not latest.lacks(optimizers):
+            return False
+        if latest.scaler is not (scaler if scaler is not None and scaler.is_enabled() else None):
+            raise ValueError(
+                "the gradients of this optimizer were unscaled and clipped with those of the one before, "
+                "which was stepped with another scaler: call clipper.step([first, second], scaler)"
+            )
+        return True
+
+    def _continue(
+        self, optimizers: list[torch.optim.Optimizer], scaler: GradScaler | None, *, update: bool
+    ) -> ClipReport:
+        latest = self._round
+        assert latest is not None
+        self._take_steps(latest, optimizers, update=update)
+        return latest.outcome.report
+
+    def _take_steps(self, round_: _Round, optimizers: list[torch.optim.Optimizer], *, update: bool) -> None:
+        report = round_.outcome.report
+        for each in optimizers:
+            with self._guard.stepping(each):
+                take_step(
+                    each, report.skipped, may_skip=round_.outcome.may_skip, grad_scale=round_.grad_scale
+                )
+        scaler = round_.scaler
+        if scaler is not None and not round_.is_updated:
+            LossScale(scaler, optimizers, None).finish(report.nonfinite, update=update)
+        for each in optimizers:
+            self._guard.taken(each, list(parameters_of(each)))
+        if scaler is not None and update and not scaler._per_optimizer_states:
+            others = [(c, Used(c._bare())) for c in list(LIVING) if c is not self]
+            states: Any = scaler._per_optimizer_states
+            scaler._per_optimizer_states = AfterStep(states.default_factory, self._guard, optimizers, others)
+        round_.add(optimizers, self._suitable.rest if self._suitable else [])
+
+    def _say_if_taken(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        if "twice" not in self._said and optimizers and all(map(self._guard.has_taken, optimizers)):
+            self._said.add("twice")
+            if is_main_rank():
+                logger.warning(
+                    "clipper.step() was called twice with the same gradients, so that the step is taken "
+                    "twice. Call it once after each backward pass. (A CUDA graph that replays backward "
+                    "leaves no trace: there this is nothing to worry about.)"
+                )
 
     def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
         """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP
@@ -412,22 +554,113 @@ class Clipper:
         """
         return nonfinite_ranks(self.plan, self.tensors)
 
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self._options().items()]
+        count = (
+            f", {len(self.tensors)} parameters" if self._parameters.plan is not None else ", not planned yet"
+        )
+        return f"Clipper({', '.join([_told(self.strategy), *options])}{count}, {self.steps} steps)"
+
+    def _options(self) -> dict[str, Any]:
+        """Those that are not as by default."""
+        options = {
+            "on_nonfinite": (self.on_nonfinite, "skip"),
+            "apply": ("deferred" if self._deferred else "inplace", "inplace"),
+            "overlap": (self._overlaps, False),
+            "accumulate": (self._accumulate, torch.float32),
+            "stages": (self._stages, None),
+            "process_group": (self._process_group, None),
+        }
+        return {name: value for name, (value, default) in options.items() if value is not default}
+
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved to continue the same sequence: the strategy's state, the number of steps, and
-        where the window of micro-batches stands. The same on every rank, small, and independent of the number
-        of ranks."""
+        """What has to be saved to continue the same sequence: the strategy's state, its name and settings,
+        the number of steps, and where the window of micro-batches stands. The same on every rank, small,
+        and independent of the number of ranks."""
         return {
+            "saved_by": {"strategy": _names(self.strategy), "settings": _told(self.strategy)},
             "strategy": self.strategy.state_dict(),
             "micro_batches": self._window.position,
             "steps": self.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, on any number of ranks."""
-        self.strategy.load_state_dict(state["strategy"])
+        """Continue from :meth:`state_dict`, on any number of ranks. Settings are not loaded: those that this
+        clipper was made with hold.
+
+        Raises:
+            TypeError: ``state`` is no dictionary.
+            ValueError: it is not of a Clipper, or of another strategy, or of one that keeps something else;
+                nothing is loaded then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}: expected what clipper.state_dict() returned")
+        own = _told(self.strategy)
+        if not isinstance(state.get("strategy"), Mapping):
+            keys = ", ".join(map(repr, list(state)[:4])) or "nothing"
+            raise ValueError(
+                f"state holds {keys} and no 'strategy': expected what clipper.state_dict() returned. (Is it "
+                "that of the model or the optimizer, or empty?)"
+            )
+        saved = state.get("saved_by")  # not by 0.1.0
+        was = saved["settings"] if saved else "another strategy, or with other settings"
+        if saved and saved["strategy"] != _names(self.strategy):
+            raise ValueError(
+                f"the state was saved by {was}, this is {own}: make the Clipper with the strategy that it "
+                "was saved with, or begin without this state"
+            )
+        before = copy.deepcopy(self.strategy.state_dict())
+        try:
+            self.strategy.load_state_dict(state["strategy"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            with contextlib.suppress(RuntimeError):
+                self.strategy.load_state_dict(before)
+            raise ValueError(
+                f"the state does not fit: it was saved by {was}, this is {own}. Make the strategy with the "
+                f"settings that it was saved with, or begin without this state. ({_first_line_of(error)})"
+            ) from error
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))
+
+
+@dataclass(eq=False)
+class _Round:
+    """One decision on all gradients of a clipper, whose optimizers may be stepped in several calls.
+
+    Attributes:
+        scaler: that scaled the loss, None without or where it is off.
+        rest: the gradients whose optimizers have not been stepped yet, None where there are none.
+    """
+
+    outcome: Outcome
+    grad_scale: Tensor | None
+    scaler: GradScaler | None
+    rest: Used | None = None
+    _stepped: frozenset[int] = frozenset()
+    _held: frozenset[int] = frozenset()
+
+    def add(self, optimizers: Sequence[torch.optim.Optimizer], rest: Sequence[Tensor]) -> None:
+        """They have been stepped. ``rest``: parameters that train, and that they do not hold."""
+        if not rest:
+            self.rest = None
+            return
+        self._stepped |= set(map(id, optimizers))
+        self._held |= {id(p) for o in optimizers for p in parameters_of(o)}
+        waiting = [t for t in rest if id(t) not in self._held]
+        self.rest = Used(waiting) if waiting else None
+
+    def lacks(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Whether they were not stepped yet, and their gradients are as the decision left them."""
+        if self.rest is None or not self._stepped.isdisjoint(map(id, optimizers)):
+            return False
+        return self.rest.unchanged()
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether the scale has been updated since the optimizers were stepped."""
+        assert self.scaler is not None
+        return bool(self._stepped) and self._stepped.isdisjoint(self.scaler._per_optimizer_states)
 
 
 class _Suitable:
@@ -436,6 +669,9 @@ class _Suitable:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> None:
         self._optimizers, self._tensors = list(map(id, optimizers)), tensors
         self._witnesses = list(map(witness_of, optimizers))
+        held = {id(p) for o in optimizers for p in parameters_of(o)}
+        # What trains and is in none of them.
+        self.rest = [t for t in tensors if t.requires_grad and id(t) not in held]
 
     def still(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> bool:
         return (
@@ -443,6 +679,37 @@ class _Suitable:
             and list(map(id, optimizers)) == self._optimizers
             and all(w.tensors(o) is not None for w, o in zip(self._witnesses, optimizers, strict=True))
         )
+
+
+def _over_mean(weight: Tensor, plan: Plan, factor: Tensor | None) -> Tensor:
+    """``factor`` / the mean over the ranks of their weights, of which ``weight`` is the sum, [1] float64. No
+    change where all weights are 0, and so all gradients; NaN, which no step is taken with, where the sum is
+    negative."""
+    total = weight.reshape(())
+    share = torch.where(total > 0, plan.scope.size / total, torch.where(total == 0, 1.0, torch.nan)).float()
+    return share if factor is None else share * factor
+
+
+def _told(strategy: Strategy) -> str:
+    """On one line: ``Chain(SkipSpikes(sigma=6.0, ...), GlobalNorm(max_norm=1.0, norm_type=2.0))``."""
+    inner = [_told(s) for child in strategy.children() for s in _outermost(child)]
+    return f"{type(strategy).__name__}({', '.join(filter(None, [strategy.extra_repr(), *inner]))})"
+
+
+def _outermost(module: nn.Module) -> list[Strategy]:
+    if isinstance(module, Strategy):
+        return [module]
+    return [s for child in module.children() for s in _outermost(child)]
+
+
+def _names(strategy: Strategy) -> list[str]:
+    """The classes of a strategy and of those inside it."""
+    return [type(m).__name__ for m in strategy.modules() if isinstance(m, Strategy)]
+
+
+def _first_line_of(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
 
 
 def _grad_scale(outcome: Outcome) -> Tensor:

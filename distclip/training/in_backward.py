@@ -236,8 +236,9 @@ class InBackward:
             changed = True
         if changed:
             raise ValueError(
-                "the model's parameters have changed since InBackward was made (here, or on another rank): those "
-                "that are new were neither clipped nor stepped. Call remove(), and make a new InBackward."
+                "the model's parameters have changed since InBackward was made (here, or on another rank): "
+                "those that are new were neither clipped nor stepped. Call remove(), and make a new "
+                "InBackward."
             )
         norms = Norms.from_power_sums(before, p, plan.names)
         clipped_norm = Norms.from_power_sums(after, p, plan.names).total
