@@ -313,7 +313,7 @@ class Overlap:
         if replaced:
             new = set(replaced)
             kept = [n for n, i in enumerate(there) if i not in new]
-            same = [[column[n] for n in kept] for column in (there, found, locals_, places)]
+            same: list[list[Any]] = [[column[n] for n in kept] for column in (there, found, locals_, places)]
             changed = sorted([*replaced, *self._written(*same)])
         else:
             changed = self._written(there, found, locals_, places)
