@@ -41,6 +41,8 @@ class Plan:
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
         frozen: positions of the parameters that did not require a gradient when the plan was made.
+        wide: whether any is float64 (complex128), of which there are norms whose powers leave float64. Alike
+            on all ranks: false for pipeline stages, which do not know each other's dtypes.
     """
 
     parameters: tuple[ParameterInfo, ...]
@@ -55,6 +57,7 @@ class Plan:
     device: torch.device
     frozen: tuple[int, ...]
     first_device_type: str  # of the first parameter
+    wide: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,6 +126,7 @@ def build_plan(
         device=message_device(group, tensors, accelerated=agreed.accelerated),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
         first_device_type=tensors[0].device.type if tensors else "cpu",
+        wide=scope.stages is None and any(t.dtype in (torch.float64, torch.complex128) for t in tensors),
     )
 
 

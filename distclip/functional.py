@@ -24,6 +24,7 @@ from distclip._placement import Axis
 from distclip._plan import build_plan
 from distclip._runs import Collector
 from distclip._slots import Slots
+from distclip._transfer import bound_on
 from distclip.strategies._base import require_bound, require_norm_type, scale_to
 
 
@@ -97,7 +98,7 @@ def total_grad_norm(
         >>> norm = distclip.total_grad_norm(model)
     """
     gradients, meter = _prepare(parameters, require_norm_type(norm_type), stages, process_group)
-    return meter(gradients).total
+    return meter(gradients).reported_total
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     named = named_parameters(freeze_source(parameters))
     gradients = collect(build_plan(named, alone=True), [p.tensor for p in named])
     for bucket in gradients.buckets:
-        kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
+        kernels.clamp_(bucket.tensors, bound_on(bucket.tensors[0].device, bound))
     gradients.commit()
 
 
