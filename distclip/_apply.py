@@ -13,13 +13,15 @@ from torch import Tensor
 from distclip import _kernels as kernels
 from distclip._decision import Clamp, Decision, Scale, Then
 from distclip._gradients import Gradients
-from distclip._norms import Norms, combine
+from distclip._norms import LARGEST, Norms, combine
 from distclip._report import ClipReport
 from distclip._slots import Slots
 from distclip._units import Units
 from distclip.errors import NonFiniteError
 
 OnNonfinite: TypeAlias = Literal["skip", "raise", "zero", "propagate"]
+
+_TINIEST = torch.finfo(torch.float32).tiny  # below it float32 loses digits
 
 
 def require_policy(on_nonfinite: str) -> OnNonfinite:
@@ -33,7 +35,8 @@ class Outcome:
     """What is to be done with the gradients of this step, all policies considered, and its report.
 
     Attributes:
-        coefficient: [] or [num_slots] float32 to multiply by, or None for no multiplication.
+        coefficient: [] or [num_slots] to multiply by, or None for no multiplication; float32, or float64
+            where the norms may be so large that float32 does not hold it.
         bound: [] float32 to clamp to, after that, or None; in units of ``bound_unit``, if that is given.
         factor: [] float32 to multiply by beside, 1 / loss scale say, 1 where gradients are left alone.
         zero: [] bool, where to set every gradient to zero instead, or None.
@@ -65,9 +68,10 @@ def resolve(
         NonFiniteError: the norm is not finite and the policy is ``"raise"`` (which waits for the device).
     """
     nonfinite = ~(norms.total < math.inf)  # a norm is never −∞
+    total = norms.reported_total
     if on_nonfinite == "raise" and nonfinite.item():
         raise NonFiniteError(
-            f"the total norm of order {norms.norm_type:g} of the gradients is {norms.total.item()}, so they "
+            f"the total norm of order {norms.norm_type:g} of the gradients is {total.item()}, so they "
             "cannot be clipped; no gradient was changed"
         )
     left_alone = torch.zeros_like(nonfinite) if on_nonfinite == "propagate" else nonfinite
@@ -76,18 +80,16 @@ def resolve(
         left_alone, skipped = left_alone | decision.skip, skipped | decision.skip
 
     scale, clamp = parts(decision)
-    norm_after = norms.total
+    norm_after = total
     coefficient, bound = None, None
     if scale is not None:
         # A gradient that is left alone is multiplied by exactly 1, never by 0 (0 · NaN is NaN).
-        coefficient = torch.where(left_alone, 1.0, scale.coefficient)
+        coefficient = torch.where(left_alone, 1.0, _exact_coefficient(scale, norms))
         clipped = coefficient != 1  # also NaN, which is to propagate
-        if coefficient.dim() == 0:
-            norm_after = norms.total * coefficient
-        else:
+        norm_after = _norm_after(coefficient, norms)
+        if coefficient.dim():
             clipped = clipped.any()
-            whole = combine(norms.slots * coefficient, norms.norm_type)
-            norm_after = torch.where(clipped, whole, norms.total)
+            norm_after = torch.where(clipped, norm_after, total)
     else:
         clipped = torch.zeros_like(nonfinite)
     if clamp is not None:
@@ -105,11 +107,11 @@ def resolve(
         norm_after = torch.where(nonfinite, 0.0, norm_after)
 
     if coefficient is not None and clamp is None and coefficient.dim() == 0:
-        whole_coefficient = coefficient
+        whole_coefficient = coefficient.float()
     else:
-        whole_coefficient = torch.where(norm_after == norms.total, 1.0, norm_after / norms.total)
+        whole_coefficient = torch.where(norm_after == total, 1.0, norm_after / total)
     report = ClipReport(
-        total_norm=norms.total,
+        total_norm=total,
         clipped_norm=norm_after,
         coefficient=whole_coefficient,
         threshold=decision.threshold,
@@ -129,6 +131,40 @@ def resolve(
         nonfinite if on_nonfinite == "zero" else None,
         on_nonfinite == "skip" or decision.skip is not None,
     )
+
+
+def _exact_coefficient(scale: Scale, norms: Norms) -> Tensor:
+    """The coefficient as it is to be applied, float64 where the norms may be large.
+
+    The strategy has seen a norm beyond float32 as float32's largest number: what that cut off is multiplied
+    into the coefficient. And one too small for float32, which has only some digits of it or none, is taken
+    from the threshold, if that is what it stands for as far as its digits tell. A float64 coefficient is the
+    strategy's own work.
+    """
+    given = scale.coefficient
+    if norms.exact is None or given.dtype == torch.float64:
+        return given
+    seen, exact = (norms.slots, norms.exact.slots) if given.dim() else (norms.total, norms.exact.total)
+    coefficient = given.double()
+    if scale.threshold.dim() <= given.dim():
+        wanted = scale.threshold.double() / seen.double()
+        lost = (coefficient < _TINIEST) & ((wanted - coefficient).abs() <= _TINIEST)
+        coefficient = torch.where(lost, wanted, coefficient)
+    cut = (exact > LARGEST) & (exact < math.inf) & (coefficient < 1)
+    return torch.where(cut, coefficient * (seen / exact), coefficient)
+
+
+def _norm_after(coefficient: Tensor, norms: Norms) -> Tensor:
+    """[] float32, the norm that multiplying leaves."""
+    usual = coefficient.float()
+    whole = usual.dim() == 0
+    after = norms.total * usual if whole else combine(norms.slots * usual, norms.norm_type)
+    if norms.exact is None:
+        return after
+    exact = norms.exact
+    exactly = exact.total * coefficient if whole else combine(exact.slots * coefficient, norms.norm_type)
+    beyond = (exact.total > LARGEST) | (coefficient < _TINIEST).any()
+    return torch.where(beyond, exactly.float(), after)
 
 
 def parts(decision: Decision) -> tuple[Scale | None, Clamp | None]:

@@ -37,7 +37,7 @@ def nonfinite_ranks(plan: Plan, tensors: Sequence[Tensor]) -> dict[str, tuple[in
 def say_where(found: dict[str, tuple[int, ...]]) -> str:
     """A sentence about what :func:`nonfinite_ranks` found."""
     if not found:
-        return "every element is finite: it is the norm that exceeds the range of float32"
+        return "every element is finite: it is their power sum that exceeds the range of float64"
     said = [f"{name!r} on rank(s) {', '.join(map(str, ranks))}" for name, ranks in found.items()]
     more = f", and {len(said) - _NAMED} more (clipper.find_nonfinite())" if len(said) > _NAMED else ""
     return f"not finite: {'; '.join(said[:_NAMED])}{more}"

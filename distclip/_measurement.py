@@ -97,17 +97,18 @@ class Measurement:
         judged = _with_count(loss, plan.device) if self._strategy.uses_loss else None
         parts = [x for x in (judged, weight if self.carries else None) if x is not None]
         beside = torch.cat(parts) if parts else None
-        sums, tail = meter.power_sums(gradients, factor, beside, ready, outdated=outdated)
+        sums, tail, far = meter.power_sums(gradients, factor, beside, ready, outdated=outdated)
         if weight is not None and self.carries:
             weight.copy_(tail[-1:])
-        by_parameter = meter.norms(sums) if param_norms or own else None
+        by_parameter = meter.norms(sums, far) if param_norms or own else None
         if param_norms and not own:
             if self._slot_of_every is None:
                 groups = groups_of_every(self._strategy, plan)
                 self._slot_of_every = on_device(groups, torch.int64, sums.device)
             sums = regroup(sums, self._slot_of_every, self.slots.size, p)
+            far = None if far is None else regroup(far, self._slot_of_every, self.slots.size, p)
         norms = replace(
-            Norms.from_power_sums(sums, p, self.slots.labels),
+            Norms.from_power_sums(sums, p, self.slots.labels, far, meter.distance),
             extra=tail[:count] if count else None,
             loss=(tail[count] / tail[count + 1]).float() if judged is not None else None,
         )

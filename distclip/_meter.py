@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip import _kernels as kernels
-from distclip._gradients import Bucket, Gradients
+from distclip._gradients import Gradients
 from distclip._norms import Norms, regroup
 from distclip._plan import Plan
 from distclip._reduction import reduce_message
@@ -39,9 +39,12 @@ class Meter:
         self._norm_type, self._accumulate = norm_type, accumulate
         # By the parameters in a bucket: 1 / multiplicity, on the bucket's device.
         self._shares: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        # Sums of (|g|/2^k)^p travel beside those of |g|^p, where these may leave float64.
+        self.distance = kernels.distance(norm_type) if plan.wide else 0
 
     def __call__(self, gradients: Gradients, factor: Tensor | None = None) -> Norms:
-        return self.norms(self.power_sums(gradients, factor)[0])
+        sums, _, far = self.power_sums(gradients, factor)
+        return self.norms(sums, far)
 
     def power_sums(
         self,
@@ -51,17 +54,27 @@ class Meter:
         ready: Tensor | None = None,
         *,
         outdated: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and what has
         travelled with them, float64: the extra sums of the gradients times ``factor``, then the sums over
-        ranks of the numbers ``beside``. ``ready``: the sums of this rank's gradients, [num_parameters]
-        float64, in place of the gradients."""
+        ranks of the numbers ``beside``; and ``Σ(|g|/2^distance)^p`` of the slots, where there is a distance.
+        ``ready``: the sums of this rank's gradients, [num_parameters] float64, in place of the gradients
+        (where one of those is infinite, so is the far one)."""
         plan, p = self.plan, self._norm_type
-        message = None
+        message = far = None
         if ready is not None and ready.numel():
-            message = self._joined(ready, *self._columns_of(range(ready.numel()), ready.device))
+            columns = self._columns_of(range(ready.numel()), ready.device)
+            message = self._joined(ready, *columns)
+            if self.distance:
+                near = kernels.far_power_sums([], p, ready)
+                far = self._joined(torch.where(torch.isinf(ready), ready, near), *columns)
         for bucket in gradients.buckets if ready is None and gradients is not None else ():
-            more = self._contribution(bucket).to(plan.device)
+            sums = kernels.power_sums(bucket.tensors, p, self._accumulate)
+            columns = self._columns_of(bucket.parameters, sums.device)  # each element counts 1 / multiplicity
+            more = self._joined(sums, *columns).to(plan.device)
+            if self.distance:
+                farther = self._joined(kernels.far_power_sums(bucket.tensors, p, sums), *columns)
+                far = farther.to(plan.device) if far is None else far.add_(farther.to(plan.device))
             if message is None:
                 message = more
             else:
@@ -80,17 +93,17 @@ class Meter:
             parts.append(extra)
         if beside is not None:
             parts.append(beside)
+        size = self.slots.size
+        if self.distance:
+            parts.append(torch.zeros_like(message) if far is None else far)
         message = torch.cat(parts) if len(parts) > 1 else message
         message = reduce_message(message, p, plan.group_name, outdated=outdated)
-        return message[: self.slots.size], message[self.slots.size :]
+        if self.distance:
+            return message[:size], message[size:-size], message[-size:]
+        return message[:size], message[size:], None
 
-    def norms(self, power_sums: Tensor) -> Norms:
-        return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels)
-
-    def _contribution(self, bucket: Bucket) -> Tensor:
-        """[num_slots] float64: what one bucket adds; each element counts 1 / multiplicity."""
-        sums = kernels.power_sums(bucket.tensors, self._norm_type, self._accumulate)
-        return self._joined(sums, *self._columns_of(bucket.parameters, sums.device))
+    def norms(self, power_sums: Tensor, far: Tensor | None = None) -> Norms:
+        return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels, far, self.distance)
 
     def _joined(self, sums: Tensor, slot: Tensor, share: Tensor) -> Tensor:
         """[num_slots]: from the sums of gradients, the slot of each and its share, all of one length."""
@@ -104,9 +117,10 @@ class Meter:
 
     def _columns_of(self, parameters: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (device, tuple(parameters))
-        if key not in self._shares:
+        found = self._shares.get(key)
+        if found is None:  # another thread may drop it at any time: it is never looked up twice
             if len(self._shares) >= 64:  # gradients that come and go: keep the memory bounded
                 self._shares.clear()
             shares = [1.0 / self.plan.multiplicities[i] for i in parameters]
-            self._shares[key] = on_device(shares, torch.float64, device)
-        return self.slots.index(key[1], device), self._shares[key]
+            found = self._shares[key] = on_device(shares, torch.float64, device)
+        return self.slots.index(key[1], device), found

@@ -8,6 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from distclip import _kernels as kernels
+
+LARGEST: float = torch.finfo(torch.float32).max
+# Norms up to here need no float64: float32 holds them, and the coefficient that brings them to any threshold
+# that is no joke.
+PLAIN = 2.0**64
+
 
 def combine(norms: Tensor, norm_type: float) -> Tensor:
     """The norm of the whole from the norms of its disjoint parts: ``(Σ nᵢ^p)^(1/p)``, max for p = ∞.
@@ -44,13 +51,28 @@ def grouped(norms: Tensor, index: Tensor, num_groups: int, norm_type: float) -> 
 
 
 @dataclass(frozen=True)
+class Exact:
+    """Norms as float64 has them: ``total`` [], ``slots`` [num_slots]."""
+
+    total: Tensor
+    slots: Tensor
+
+    def times(self, factor: Tensor) -> Exact:
+        return Exact(self.total * factor, self.slots * factor)
+
+
+@dataclass(frozen=True)
 class Norms:
     """Gradient norms of one step, before clipping, the same numbers on every rank.
+
+    A finite norm that float32 does not hold is its largest number here: ``total`` and ``slots`` are finite
+    exactly where the norms are. (What that has cut off, the coefficients make up for, see ``_apply``.)
 
     Attributes:
         total: [] float32, the norm of the whole gradient.
         slots: [num_slots] float32, the norm of each slot (of each parameter where the strategy's
             ``per_parameter`` is true, else of each of its ``groups``).
+        exact: both in float64, where they are large or the host has not looked; else None.
         norm_type: p of the norms.
         weights: [num_slots] float32, the norms of the parameters themselves, for a ``per_unit`` strategy.
         extra: [num_extra] float64, the sums of what a strategy's ``elementwise`` returned.
@@ -64,18 +86,61 @@ class Norms:
     weights: Tensor | None = None
     extra: Tensor | None = None
     loss: Tensor | None = None
+    exact: Exact | None = field(default=None, repr=False)
+
+    @property
+    def exact_total(self) -> Tensor:
+        """[] float64."""
+        return self.total.double() if self.exact is None else self.exact.total
+
+    @property
+    def reported_total(self) -> Tensor:
+        """[] float32, ∞ where that does not hold the norm."""
+        return self.total if self.exact is None else self.exact.total.float()
+
+    @property
+    def reported_slots(self) -> Tensor:
+        """[num_slots] float32, likewise."""
+        return self.slots if self.exact is None else self.exact.slots.float()
 
     def times(self, factor: Tensor) -> Norms:
         """The norms of the gradient multiplied by a factor ≥ 0, [] float32."""
-        return replace(self, total=self.total * factor, slots=self.slots * factor)
+        total, slots, exact = self.total * factor, self.slots * factor, self.exact
+        if exact is not None:
+            scaled = exact.times(factor)
+            total = torch.where(exact.total > LARGEST, _held(scaled.total), total)
+            slots = torch.where(exact.slots > LARGEST, _held(scaled.slots), slots)
+            exact = scaled
+        return replace(self, total=total, slots=slots, exact=exact)
 
     @staticmethod
-    def from_power_sums(sums: Tensor, norm_type: float, labels: tuple[str, ...]) -> Norms:
-        """From reduced ``Σ|g|^p`` (``max|g|`` for p = ∞), [num_slots] float64."""
+    def from_power_sums(
+        sums: Tensor,
+        norm_type: float,
+        labels: tuple[str, ...],
+        far: Tensor | None = None,
+        distance: int = 0,
+    ) -> Norms:
+        """From reduced ``Σ|g|^p`` (``max|g|`` for p = ∞), [num_slots] float64. ``far``:
+        ``Σ(|g|/2^distance)^p``, for where the sums themselves leave float64."""
         if math.isinf(norm_type):
             slots = sums
             total = sums.amax() if sums.numel() else sums.new_zeros(())
         else:
+            whole = sums[0] if sums.numel() == 1 else sums.sum()
             slots = sums.pow(1.0 / norm_type)
-            total = slots[0] if sums.numel() == 1 else sums.sum().pow(1.0 / norm_type)
-        return Norms(total.float(), slots.float(), norm_type, labels)
+            total = slots[0] if sums.numel() == 1 else whole.pow(1.0 / norm_type)
+            if far is not None:
+                far_slots = far.pow(1.0 / norm_type) * 2.0**distance
+                far_total = far.sum().pow(1.0 / norm_type) * 2.0**distance
+                slots = torch.where(torch.isinf(sums), far_slots, slots)
+                total = torch.where(torch.isinf(whole), far_total, total)
+        seen = kernels.look(total)
+        if seen is not None and seen[0] <= PLAIN:
+            return Norms(total.float(), slots.float(), norm_type, labels)
+        return Norms(_held(total), _held(slots), norm_type, labels, exact=Exact(total, slots))
+
+
+def _held(norms: Tensor) -> Tensor:
+    """float64 -> float32: what is finite stays so."""
+    return torch.where(norms < math.inf, norms.clamp(max=LARGEST), norms).float()

@@ -47,6 +47,8 @@ class Plan:
         compared: by parameter index, those whose gradients ranks compare now and then; None where only other
             ranks have some, and this one joins.
         proven: whether all of these had finite gradients on every rank when the plan was made.
+        wide: whether any is float64 (complex128), of which there are norms whose powers leave float64. Alike
+            on all ranks: false for pipeline stages, which do not know each other's dtypes.
     """
 
     parameters: tuple[ParameterInfo, ...]
@@ -63,6 +65,7 @@ class Plan:
     first_device_type: str
     compared: tuple[int, ...] | None = ()
     proven: bool = True
+    wide: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,6 +148,7 @@ def build_plan(
         first_device_type=tensors[0].device.type if tensors else "cpu",
         compared=agreed.comparable,
         proven=agreed.proven,
+        wide=scope.stages is None and any(t.dtype in (torch.float64, torch.complex128) for t in tensors),
     )
 
 

@@ -92,16 +92,19 @@ class Collector:
             return collect(self._plan, tensors)  # addresses mean nothing there
         parameters = [tensors[i] for i in self._plan.positions]
         self._calls += 1
+        # Another thread may put another layout there at any time: it is read and written once.
+        layout = self._layout
         if self._calls & (self._calls - 1) == 0:
-            self._layout = None  # gradients that were apart may lie side by side by now
+            layout = None  # gradients that were apart may lie side by side by now
         gradients: list[Any] = list(map(_gradient, parameters))
-        locals_ = None if self._layout is None else _lie_as_before(self._layout, gradients)
+        locals_ = None if layout is None else _lie_as_before(layout, gradients)
         if locals_ is None:
-            self._layout, locals_ = self._look_at(gradients) if self._mergeable else (None, None)
-        if self._layout is None or locals_ is None:
+            layout, locals_ = self._look_at(gradients) if self._mergeable else (None, None)
+            self._layout = layout
+        if layout is None or locals_ is None:
             return collect(self._plan, tensors)
         buckets = []
-        for runs in self._layout.buckets:
+        for runs in layout.buckets:
             whole = [locals_[n] for n in runs.first]
             for i, numel in runs.merged:
                 whole[i] = whole[i].as_strided((numel,), (1,))

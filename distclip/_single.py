@@ -9,11 +9,13 @@ from torch import Tensor
 
 from distclip import _kernels as kernels
 from distclip._gradients import Gradients, collect
+from distclip._norms import LARGEST, PLAIN
 from distclip._parameters import NamedParameter
 from distclip._placement import MANAGED
 from distclip._plan import build_plan
 from distclip._reduction import is_offloaded, reduce_message
 from distclip._scope import message_device
+from distclip.strategies._base import scale_to
 
 
 class Single:
@@ -56,7 +58,7 @@ class Single:
         return torch.zeros(1, dtype=torch.float64, device=self._plan.device)
 
     def norm(self, power_sum: Tensor, norm_type: float) -> Tensor:
-        """The norm of the whole gradient, [] float32, the same on every rank that holds a part of it.
+        """The norm of the whole gradient, [] float64, the same on every rank that holds a part of it.
 
         One all-reduce of one number for each axis that the parameter is sharded over.
         """
@@ -65,4 +67,16 @@ class Single:
             whole = whole.to(message_device(axis.group, [whole]))
             whole = reduce_message(whole, norm_type, axis.group_name)
         whole = whole.to(power_sum.device)[0]
-        return (whole if math.isinf(norm_type) else whole.pow(1.0 / norm_type)).float()
+        return whole if math.isinf(norm_type) else whole.pow(1.0 / norm_type)
+
+
+def coefficient_to(norm: Tensor, max_norm: float | Tensor, eps: float) -> Tensor:
+    """``min(1, max_norm / (norm + eps))`` from norms in float64, [] or [k]: as strategies have it, in
+    float32; in float64 where the norms may be so large that float32 does not hold them or it."""
+    usual = scale_to(norm.float(), max_norm, eps)
+    largest = kernels.look(norm.amax())
+    if largest is not None and largest[0] <= PLAIN:
+        return usual
+    exact = scale_to(norm, max_norm, eps)
+    beyond = (norm > LARGEST) | (exact < torch.finfo(torch.float32).tiny)
+    return torch.where(beyond, exact, usual.double())

@@ -34,18 +34,19 @@ class Slots:
         return len(set(self.of)) == len(self.of)
 
     def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
-        """Multiply each gradient by the coefficient of its slot, [num_slots] float32."""
+        """Multiply each gradient by the coefficient of its slot, [num_slots] float32 or float64."""
         owners = self.index(tuple(bucket.parameters), coefficient.device)
         kernels.scale_each_(bucket.tensors, coefficient[owners].to(bucket.tensors[0].device))
 
     def index(self, parameters: tuple[int, ...], device: torch.device) -> Tensor:
         """The slots of some parameters, [len(parameters)] int64."""
         key = (device, parameters)
-        if key not in self._indices:
+        found = self._indices.get(key)
+        if found is None:  # another thread may drop it at any time: it is never looked up twice
             if len(self._indices) >= 64:  # gradients that come and go: keep the memory bounded
                 self._indices.clear()
-            self._indices[key] = on_device([self.of[i] for i in parameters], torch.int64, device)
-        return self._indices[key]
+            found = self._indices[key] = on_device([self.of[i] for i in parameters], torch.int64, device)
+        return found
 
 
 def slots_of(strategy: Strategy, plan: Plan) -> Slots:

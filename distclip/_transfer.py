@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +12,22 @@ from torch import Tensor
 
 def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)]: ``torch.tensor(values, device=device)`` waits for the device, this does not."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    with to_keep():
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
+def bound_on(device: torch.device, bound: float) -> Tensor:
+    """[] float32, or float64 where float32 does not hold it."""
+    held = math.isinf(bound) or bound <= torch.finfo(torch.float32).max
+    return torch.full((), bound, dtype=torch.float32 if held else torch.float64, device=device)
+
+
+def to_keep() -> contextlib.AbstractContextManager[object]:
+    """Around the making of a tensor that outlives the call: never one of ``torch.inference_mode()``, which
+    could not be written to outside of it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 class Transfer:

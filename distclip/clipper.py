@@ -381,7 +381,9 @@ class Clipper:
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, parameters.tensors))}") from None
         if by_parameter is not None:
-            report = replace(outcome.report, _parameter_norms=by_parameter.slots, _parameter_names=plan.names)
+            report = replace(
+                outcome.report, _parameter_norms=by_parameter.reported_slots, _parameter_names=plan.names
+            )
             outcome = replace(outcome, report=report)
         if not self._deferred:
             self._change(outcome, gradients)
@@ -414,7 +416,7 @@ class Clipper:
         lacks."""
         missing = self._window.missing
         if inverse_scale is None:
-            return None if missing == 1 else torch.full((), missing, device=device)
+            return None if missing == 1 else torch.full((), missing, dtype=torch.float32, device=device)
         return inverse_scale.to(device) * missing
 
     def _require_suitable(self, optimizers: list[torch.optim.Optimizer]) -> None:

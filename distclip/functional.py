@@ -30,6 +30,7 @@ from distclip._placement import Axis
 from distclip._plan import build_plan
 from distclip._reduction import plain, summed
 from distclip._slots import Slots
+from distclip._transfer import bound_on
 from distclip.strategies._base import require_bound, require_norm_type, scale_to
 
 
@@ -105,7 +106,7 @@ def total_grad_norm(
     """
     p = require_norm_type(norm_type)
     parameters, tensors, known, _ = _set_of(parameters, p, stages, process_group, "propagate")
-    return known.measure(known.make_current(parameters, tensors))[1].total
+    return known.measure(known.make_current(parameters, tensors))[1].reported_total
 
 
 @torch.no_grad()
@@ -224,7 +225,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     named = named_parameters(freeze_source(parameters))
     gradients = collect(build_plan(named, alone=True), [p.tensor for p in named])
     for bucket in gradients.buckets:
-        kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
+        kernels.clamp_(bucket.tensors, bound_on(bucket.tensors[0].device, bound))
     gradients.commit()
 
 

@@ -50,8 +50,9 @@ from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._parameters import Parameters, freeze_source, named_parameters
 from distclip._placement import PlacementReader
-from distclip._single import Single
-from distclip.strategies._base import require_bound, require_norm_type, scale_to
+from distclip._single import Single, coefficient_to
+from distclip._transfer import bound_on
+from distclip.strategies._base import require_bound, require_norm_type
 
 When: TypeAlias = Literal["gradient", "accumulated"]
 
@@ -204,7 +205,7 @@ class _ByValue:
 
     def clip(self, tensors: list[Tensor]) -> None:
         if tensors:
-            kernels.clamp_(tensors, torch.full((), self.bound, device=tensors[0].device))
+            kernels.clamp_(tensors, bound_on(tensors[0].device, self.bound))
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class _ByNorm:
 
     def __call__(self, gradients: Gradients, single: Single) -> None:
         norm = single.norm(single.power_sum(gradients, self.norm_type), self.norm_type)
-        coefficient = scale_to(norm, self.max_norm, _EPS)
+        coefficient = coefficient_to(norm, self.max_norm, _EPS)
         if coefficient.device.type == "cpu" and coefficient.item() == 1:
             return
         for bucket in gradients.buckets:
@@ -226,7 +227,7 @@ class _ByNorm:
             norms = kernels.power_sums(tensors, self.norm_type, torch.float32)
             if not math.isinf(self.norm_type):
                 norms = norms.pow(1.0 / self.norm_type)
-            kernels.scale_each_(tensors, scale_to(norms.float(), self.max_norm, _EPS))
+            kernels.scale_each_(tensors, coefficient_to(norms, self.max_norm, _EPS))
 
 
 def _register(parameters: Parameters, clip: _ByValue | _ByNorm, when: When) -> Handle:

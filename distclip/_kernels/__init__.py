@@ -16,18 +16,30 @@ import torch
 from torch import Tensor
 
 from distclip._kernels import foreach
-from distclip._kernels.foreach import clamp_, clamp_each_, fill_where_
+from distclip._kernels.foreach import (
+    clamp_,
+    clamp_each_,
+    distance,
+    far_power_sums,
+    fill_where_,
+    scale_rows_,
+)
+from distclip._kernels.looking import look
 
 __all__ = [
     "all_in_triton",
     "clamp_",
     "clamp_each_",
+    "distance",
+    "far_power_sums",
     "fill_where_",
     "forgo_triton",
     "goes_to_triton",
+    "look",
     "power_sums",
     "scale_",
     "scale_each_",
+    "scale_rows_",
 ]
 
 logger = logging.getLogger("distclip")
@@ -39,7 +51,8 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
     """``Σ|g|^p`` of each tensor, or ``max|g|`` for p = ∞. [len(tensors)] float64, on their device.
 
     Sums of squares are accumulated in ``accumulate`` (float32, or float64), or in the tensors' own
-    dtype where that is wider; other powers so that they are no less exact.
+    dtype where that is wider; other powers so that they are no less exact. What overflows or vanishes in
+    float32 is summed in float64: the sums are right for all float32 numbers.
     """
     if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
@@ -49,7 +62,8 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once)."""
+    """Multiply every tensor by one 0-dim coefficient, float32 or float64: float32 and narrower ones in
+    float32, rounded once (also by what float32 holds no digits of), float64 ones in float64."""
     if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
 
@@ -58,7 +72,7 @@ def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
 
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
-    """Multiply each tensor by its own coefficient, [len(tensors)] float32."""
+    """Multiply each tensor by its own coefficient, [len(tensors)] float32 or float64, likewise."""
     if goes_to_triton(tensors[0]):
         from distclip._kernels import triton
 

@@ -5,6 +5,7 @@ All lists hold strided tensors of one device and one dtype, none of them empty o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from threading import get_ident
 
 import torch
 from torch import Tensor
+
+from distclip._kernels.looking import look, look_at_one
 
 # torch's CPU norm adds float32 squares one after the other into a few float32 lanes: 0.5 % off for 60 M
 # elements, and 1e-5 off for a few thousand equal ones. The norms of rows of this length, joined in
@@ -26,24 +29,101 @@ _TOGETHER = 1 << 19  # elements: 2 MB, which stay in the cache
 _PIECE = 1 << 20  # elements: 4 MB
 _KEPT = 1 << 28  # elements: 4 MB for the norms of their rows
 
+# A float32 square below 2^-126 has lost digits, or all: those of a tensor together at most 2^-126 for each
+# element. Where the sum is 2^-100 for each or more, that is less than 1e-7 of it.
+_FAINT = 2.0**-100
+_SOME_FAINT = 2.0**-64  # no tensor of up to 2^36 elements below that is faint
+
+_TINIEST = torch.finfo(torch.float32).tiny  # below it float32 loses digits
+_LIFT = 2.0**64  # brings every coefficient that float32 gradients can need above that
+
 
 def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype) -> Tensor:
     """``Σ|g|^p`` of each tensor, or ``max|g|`` for p = ∞. [len(tensors)] float64, on their device.
 
     Sums of squares are accumulated in ``accumulate`` (float32, or float64), or in the tensors' own
-    dtype where that is wider; other powers in float64, which they need.
+    dtype where that is wider; other powers in float64, which they need. On the CPU, where looking at the sums
+    costs nothing, squares that overflow float32, or vanish in it, are summed again in float64; elsewhere
+    float64 takes them all. So the sums are right for all float32 numbers, and of float64 ones for those
+    whose sums float64 holds.
     """
-    if tensors[0].is_complex():
-        tensors = [torch.view_as_real(t) if norm_type == 2 else t.abs() for t in tensors]
-    if norm_type != 2 and not math.isinf(norm_type):
+    on_cpu, compiling = tensors[0].is_cpu, torch.compiler.is_compiling()
+    given = tensors
+    if given[0].is_complex():
+        tensors = [torch.view_as_real(t) if norm_type == 2 else _magnitude(t) for t in given]
+    if (norm_type != 2 and not math.isinf(norm_type)) or (norm_type == 2 and not on_cpu):
         accumulate = torch.float64
     accumulate = torch.promote_types(accumulate, tensors[0].dtype)
-    if norm_type == 2 and accumulate == torch.float32 and tensors[0].device.type == "cpu":
-        return _cpu_sums_of_squares(tensors)
-    norms = torch.stack(torch._foreach_norm(tensors, norm_type, dtype=accumulate)).double()
+    if norm_type == 2 and accumulate == torch.float32:
+        sums = _cpu_sums_of_squares(tensors)
+        if not compiling and not _within(sums, _SOME_FAINT):
+            _sum_again(sums, tensors, [_FAINT * t.numel() for t in tensors])
+        return sums
+    norms: Tensor = torch.stack(torch._foreach_norm(tensors, norm_type, dtype=accumulate)).double()
     if math.isinf(norm_type):
         return norms
     return norms.square() if norm_type == 2 else norms.pow(norm_type)
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    """|z|, which may be larger than what a complex number can consist of."""
+    magnitude = tensor.abs()
+    if tensor.dtype == torch.complex128 or not tensor.numel():
+        return magnitude
+    largest = look_at_one(magnitude.amax())
+    if largest is None or not largest < math.inf:
+        magnitude = tensor.to(torch.complex128).abs()
+    return magnitude
+
+
+def _within(sums: Tensor, least: float) -> bool:
+    """Whether all are above ``least`` and finite, or the host cannot know."""
+    smallest, largest = (look(each) for each in torch.aminmax(sums))
+    if smallest is None or largest is None:
+        return True
+    return smallest[0] > least and largest[0] < math.inf
+
+
+def _sum_again(sums: Tensor, tensors: list[Tensor], faint: list[float]) -> None:
+    """In float64, what is not finite or below ``faint``, and put it into ``sums``, of float32 squares."""
+    found = [i for i, each in enumerate(look(sums) or ()) if not faint[i] <= each < math.inf]
+    if found:
+        largest = torch.stack(torch._foreach_norm([tensors[i] for i in found], math.inf))
+        pairs = zip(found, look(largest.double()) or (), strict=True)
+        found = [i for i, each in pairs if each]  # the others are zeros
+    if found:
+        norms = torch._foreach_norm([tensors[i] for i in found], 2, dtype=torch.float64)
+        sums.index_copy_(0, _whole(found), torch.stack(norms).square_())
+
+
+# What float64 holds of a norm is more than what it holds of Σ|g|^p: where that is infinite, the sum of
+# (|g|/2^k)^p is taken in its place, with the least k that brings every norm within float64.
+_DISTANCES = {2.0: 513, 3.0: 683}
+
+
+def distance(norm_type: float) -> int:
+    """The k of :func:`far_power_sums`; 0 where the sums hold every norm that float64 holds."""
+    return _DISTANCES.get(norm_type, 0)
+
+
+def far_power_sums(tensors: list[Tensor], norm_type: float, sums: Tensor) -> Tensor:
+    """``Σ(|g|/2^k)^p`` of each tensor, [len(tensors)] float64, for k > 0; ``sums``: their ``Σ|g|^p``.
+
+    Needed of float64 and complex128 tensors only. Reads these once more where a sum is infinite; where the
+    host cannot look at the sums without waiting, always.
+    """
+    k = distance(norm_type)
+    # By two factors: 2^-1026 and 2^-2049 are no normal numbers.
+    powers = int(k * norm_type)
+    near = sums * math.ldexp(1.0, -(powers // 2)) * math.ldexp(1.0, powers // 2 - powers)
+    if not tensors or tensors[0].dtype not in (torch.float64, torch.complex128):
+        return near
+    largest = look(sums.amax())
+    if largest is not None and largest[0] < math.inf:
+        return near
+    infinite = torch.isinf(sums)
+    norms = [torch.linalg.vector_norm((t * 2.0**-k).abs(), norm_type) for t in tensors]
+    return torch.where(infinite, torch.stack(norms).pow(norm_type), near)
 
 
 def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
@@ -127,6 +207,11 @@ def _rows_of(shapes: tuple[torch.Size, ...], thread: int) -> _Rows:
 
 
 def _cut(shapes: tuple[torch.Size, ...]) -> _Rows:
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        return _cut_to_keep(shapes)
+
+
+def _cut_to_keep(shapes: tuple[torch.Size, ...]) -> _Rows:
     alike: dict[torch.Size, list[int]] = {}
     for i, shape in enumerate(shapes):
         alike.setdefault(shape, []).append(i)
@@ -137,7 +222,8 @@ def _cut(shapes: tuple[torch.Size, ...]) -> _Rows:
         count = max(1, _TOGETHER // numel) if numel <= _SMALL else 1
         for begin in range(0, len(members), count):
             parts.append((members[begin : begin + count], numel, length, -(-numel // length)))
-    norms = torch.empty(sum(len(members) * num_rows for members, _, _, num_rows in parts))
+    num_all = sum(len(members) * num_rows for members, _, _, num_rows in parts)
+    norms = torch.empty(num_all, dtype=torch.float32, device="cpu")
     memory = torch.split(norms, [len(members) * num_rows for members, _, _, num_rows in parts])
     return _Rows(
         [
@@ -145,9 +231,13 @@ def _cut(shapes: tuple[torch.Size, ...]) -> _Rows:
             for (members, numel, length, num_rows), of_rows in zip(parts, memory, strict=True)
         ],
         norms,
-        torch.tensor([num_rows for members, _, _, num_rows in parts for _ in members]),
-        torch.tensor([i for members, *_ in parts for i in members]),
+        _whole([num_rows for members, _, _, num_rows in parts for _ in members]),
+        _whole([i for members, *_ in parts for i in members]),
     )
+
+
+def _whole(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _row_length(numel: int) -> int:
@@ -165,19 +255,44 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once)."""
-    if _narrow_on_cuda(tensors[0]):
-        _multiply(tensors, [coefficient] * len(tensors))
-    else:
-        torch._foreach_mul_(tensors, coefficient)
+    """Multiply every tensor by one 0-dim coefficient: float32 and narrower ones in float32, rounded once; in
+    float64, if the coefficient is, float64 ones."""
+    for factor in _factors(tensors[0], coefficient):
+        if _narrow_on_cuda(tensors[0]):
+            _multiply(tensors, [factor] * len(tensors))
+        else:
+            torch._foreach_mul_(tensors, factor)
 
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
-    """Multiply each tensor by its own coefficient, [len(tensors)] float32."""
-    if _narrow_on_cuda(tensors[0]):
-        _multiply(tensors, coefficients.unbind())
-    else:
-        torch._foreach_mul_(tensors, coefficients.unbind())
+    """Multiply each tensor by its own coefficient, [len(tensors)] float32 or float64."""
+    for factors in _factors(tensors[0], coefficients):
+        if _narrow_on_cuda(tensors[0]):
+            _multiply(tensors, factors.unbind())
+        else:
+            torch._foreach_mul_(tensors, factors.unbind())
+
+
+def scale_rows_(rows: Tensor, coefficients: Tensor) -> None:
+    """Multiply each row of dim 0 by its own coefficient, [rows] float32 or float64."""
+    for factors in _factors(rows, coefficients):
+        rows.mul_(factors.view(-1, *[1] * (rows.dim() - 1)))
+
+
+def _factors(tensor: Tensor, coefficients: Tensor) -> list[Tensor]:
+    """What tensors of this dtype are multiplied by, one after the other; mostly one.
+
+    A coefficient that is no normal float32 (the norm is 1e38 and more) is taken apart, on the CPU: only
+    there the host can see it without waiting. (Triton's kernels take it apart themselves.)
+    """
+    if coefficients.dtype == torch.float32 or tensor.dtype in (torch.float64, torch.complex128):
+        return [coefficients]
+    small = (coefficients != 0) & (coefficients < _TINIEST)
+    smallest = look(torch.where(small, coefficients, 1.0).amin())
+    if smallest is None or smallest[0] == 1:
+        return [coefficients.float()]
+    lift = torch.where(small, _LIFT, 1.0)
+    return [(coefficients * lift).float(), lift.reciprocal().float()]
 
 
 def _narrow_on_cuda(tensor: Tensor) -> bool:
@@ -195,8 +310,12 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
     """Clamp every element to ``[-bound, bound]``; complex ones to that magnitude. NaN stays NaN."""
     if tensors[0].is_complex():
         for t in tensors:
-            magnitude = t.abs()
-            t.mul_(torch.where(magnitude > bound, bound / magnitude, 1.0))
+            magnitude = _magnitude(t)
+            coefficient = torch.where(magnitude > bound, bound / magnitude, 1.0)
+            if coefficient.element_size() * 2 == t.element_size():
+                t.mul_(coefficient)
+            else:
+                t.copy_(t.to(torch.complex128) * coefficient)
         return
     high = bound.to(tensors[0].dtype)
     low = -high

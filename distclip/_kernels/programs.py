@@ -14,6 +14,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# Below 2^-100 for each element, squares that vanish in float32 may be more than 1e-7 of their sum.
+_FAINT: tl.constexpr = tl.constexpr(2.0**-100)
+_TINIEST: tl.constexpr = tl.constexpr(2.0**-126)  # below it float32 loses digits
+_LIFT: tl.constexpr = tl.constexpr(2.0**64)
+
 
 @triton.jit
 def _add_powers(total, x, P: tl.constexpr):
@@ -58,6 +63,18 @@ def _add_whole(total, pointer, whole, P: tl.constexpr, BLOCK: tl.constexpr, REPE
 
 
 @triton.jit
+def _sum_exactly(pointer, count, P: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the powers, P being 1 or 2, each of them in float64."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        x = tl.load(pointer + start + lanes, mask=start + lanes < count, other=0.0).to(tl.float32)
+        wide = tl.abs(x).to(tl.float64)
+        total += wide * wide if P == 2 else wide
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def sum_chunks(
     addresses,  # [num_tensors] int64
     owners,  # [num_chunks] int32, which tensor
@@ -89,7 +106,12 @@ def sum_chunks(
         largest = tl.max(total, 0).to(tl.float32, bitcast=True)
         tl.store(out + chunk, largest.to(tl.float64))
     else:
-        tl.store(out + chunk, tl.sum(total, 0))
+        joined = tl.sum(total, 0)
+        # What float32 may not hold is read once more, but only then (or if all are 0).
+        if P == 1 or P == 2:  # noqa: SIM102  (known when it is compiled)
+            if not ((joined < float("inf")) & (joined >= _FAINT * count)):
+                joined = _sum_exactly(pointer, count, P, BLOCK)
+        tl.store(out + chunk, joined)
 
 
 @triton.jit
@@ -117,30 +139,34 @@ def sum_tensors(
 
 
 @triton.jit
-def _multiply(pointer, coefficient, whole, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _multiply(pointer, first, second, whole, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     for start in range(0, whole, BLOCK):
         x = tl.load(pointer + start + lanes).to(tl.float32)
-        tl.store(pointer + start + lanes, (x * coefficient).to(DTYPE))
+        tl.store(pointer + start + lanes, (x * first * second).to(DTYPE))
 
 
 @triton.jit
 def _multiply_chunk(
     addresses, starts, counts, chunk, owner, coefficient, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """By a float64 coefficient, rounded to float32; one that float32 holds no digits of in two factors."""
+    small = (coefficient != 0) & (coefficient < _TINIEST)
+    first = tl.where(small, coefficient * _LIFT, coefficient).to(tl.float32)
+    second = tl.where(small, 1.0 / _LIFT, 1.0).to(tl.float32)
     count = tl.load(counts + chunk)
     address = tl.load(addresses + owner) + tl.load(starts + chunk)
     whole = count // BLOCK * BLOCK
     if address % 16 == 0:
         aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-        _multiply(aligned, coefficient, whole, DTYPE, BLOCK)
+        _multiply(aligned, first, second, whole, DTYPE, BLOCK)
     else:
-        _multiply(address.to(tl.pointer_type(DTYPE)), coefficient, whole, DTYPE, BLOCK)
+        _multiply(address.to(tl.pointer_type(DTYPE)), first, second, whole, DTYPE, BLOCK)
     if whole < count:
         pointer = address.to(tl.pointer_type(DTYPE))
         at = whole + tl.arange(0, BLOCK)
         x = tl.load(pointer + at, mask=at < count, other=0.0).to(tl.float32)
-        tl.store(pointer + at, (x * coefficient).to(DTYPE), mask=at < count)
+        tl.store(pointer + at, (x * first * second).to(DTYPE), mask=at < count)
 
 
 # What is compiled must not depend on how many chunks there are or where a coefficient lies: a CUDA graph
@@ -152,7 +178,7 @@ def scale_chunks(
     starts,
     counts,
     num_chunks,
-    coefficients,  # [num_tensors] float32 if EACH, else []
+    coefficients,  # [num_tensors] float64 if EACH, else []
     EACH: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,

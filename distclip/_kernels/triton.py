@@ -16,7 +16,7 @@ when a graph is dropped. Addresses that are not yet on the device are written th
 them as arguments. Everything else is captured as foreach operators.
 
 Not taken, and left to foreach: complex and float64 tensors, accumulation in float64, powers other than
-``POWERS``, tensors with gaps, and coefficients that are not float32 on the tensors' device.
+``POWERS``, tensors with gaps, and coefficients that are not on the tensors' device.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -81,11 +82,11 @@ class _Layout:
     @staticmethod
     def of(numels: Sequence[int], itemsize: int, device: torch.device) -> _Layout:
         size = min(_LARGEST, max(_SMALLEST, 1 << (max(sum(numels) // _CHUNKS, 1).bit_length() - 1)))
-        sizes = torch.tensor(numels, dtype=torch.int64)
+        sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
         chunks = (sizes + size - 1) // size
         bounds = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-        owners = torch.arange(len(numels)).repeat_interleave(chunks)
-        starts = (torch.arange(owners.numel()) - bounds[owners]) * size
+        owners = torch.arange(len(numels), device="cpu").repeat_interleave(chunks)
+        starts = (torch.arange(owners.numel(), device="cpu") - bounds[owners]) * size
         return _Layout(
             _to_device(owners.int(), device),
             _to_device(starts * itemsize, device),
@@ -98,13 +99,15 @@ class _Layout:
 _Sizes: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...]]
 _layouts: dict[tuple[_Sizes, int], _Layout] = {}  # by the stream as well: what DDP's hooks run on changes
 _captured: dict[int, tuple[_Layout, Tensor]] = {}  # what graphs read, by the id of the table
+_lock = threading.Lock()  # for these: autograd has a thread for each device, and users have their own
 
 
 def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype) -> Tensor:
     """``Σ|g|^p`` of each tensor, or ``max|g|`` for p = ∞. [len(tensors)] float64, on their device.
 
     Squares, absolute values and roots are float32, added four by four in float32, then in float64; cubes
-    are float64. The order is fixed: the same numbers give the same bits.
+    are float64. The order is fixed: the same numbers give the same bits. A chunk whose sum float32 may not
+    hold (it overflowed, or squares vanished) is read once more, and summed in float64; so is one of zeros.
     """
     if norm_type in POWERS and accumulate == torch.float32 and tensors[0].dtype in programs.DTYPES:
         with _on(tensors[0].device):
@@ -134,7 +137,7 @@ def _power_sums(layout: _Layout, table: Tensor, norm_type: float, dtype: torch.d
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiply every tensor by one 0-dim float32 coefficient (computed in float32, rounded once).
+    """Multiply every tensor by one 0-dim coefficient, float32 or float64 (in float32, rounded once).
 
     Where that is exactly 1, one number is read and nothing is written.
     """
@@ -143,7 +146,7 @@ def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
 
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
-    """Multiply each tensor by its own coefficient, [len(tensors)] float32; not those of exactly 1."""
+    """Multiply each tensor by its own coefficient, [len(tensors)]; not those of exactly 1."""
     if not _scale(tensors, coefficients, each=True):
         foreach.scale_each_(tensors, coefficients)
 
@@ -151,9 +154,9 @@ def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
 def _scale(tensors: list[Tensor], coefficients: Tensor, *, each: bool) -> bool:
     """Whether it could be done."""
     first = tensors[0]
-    wanted = (torch.float32, first.device)
-    if first.dtype not in programs.DTYPES or (coefficients.dtype, coefficients.device) != wanted:
+    if first.dtype not in programs.DTYPES or coefficients.device != first.device:
         return False
+    coefficients = coefficients.to(torch.float64)
     with _on(first.device):
         found = _find(tensors, ("scale", float(each)))
         if found is None:
@@ -164,7 +167,8 @@ def _scale(tensors: list[Tensor], coefficients: Tensor, *, each: bool) -> bool:
                 table, *layout.chunks, layout.num_chunks, coefficients.contiguous(),
                 EACH=each, DTYPE=programs.DTYPES[first.dtype], BLOCK=_BLOCK, num_warps=_WARPS, **_OPTIONS,
             )  # fmt: skip
-            torch.autograd.graph.increment_version(tensors)
+            if not any(map(Tensor.is_inference, tensors)):  # these have none
+                torch.autograd.graph.increment_version(tensors)
     return True
 
 
@@ -176,7 +180,14 @@ def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Te
     device = tensors[0].device
     addresses = tuple(map(Tensor.data_ptr, tensors))
     numels = tuple(map(Tensor.numel, tensors))
-    sizes = (device, tensors[0].dtype, numels)
+    with _lock:
+        return _found((device, tensors[0].dtype, numels), addresses, tensors[0].element_size(), kernel)
+
+
+def _found(
+    sizes: _Sizes, addresses: tuple[int, ...], itemsize: int, kernel: tuple[str, float]
+) -> tuple[_Layout, Tensor] | None:
+    device, _, numels = sizes
     if _capturing(device):  # on a stream of its own
         made = (layout for (of, _), layout in _layouts.items() if of == sizes and kernel in layout.ran)
         layout = next(made, None)
@@ -190,7 +201,7 @@ def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Te
     key = (sizes, _stream(device))
     layout = _layouts.get(key)
     if layout is None:
-        layout = _Layout.of(numels, tensors[0].element_size(), device)
+        layout = _Layout.of(numels, itemsize, device)
         if sum(each.weight for each in _layouts.values()) + layout.weight > _KEPT:
             _layouts.clear()  # gradients that come and go: keep the memory bounded
         _layouts[key] = layout
@@ -198,7 +209,7 @@ def _find(tensors: list[Tensor], kernel: tuple[str, float]) -> tuple[_Layout, Te
     if table is None:
         while len(layout.tables) >= max(2, 1024 // len(addresses)):
             layout.tables.pop(next(iter(layout.tables)))
-        pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         table = layout.tables[addresses] = pinned.to(device, non_blocking=True)
     layout.ran.add(kernel)
     return layout, table
@@ -247,9 +258,9 @@ def works_on(device: torch.device) -> bool:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        probe = [torch.ones(1, device=device)]
+        probe = [torch.ones(1, dtype=torch.float32, device=device)]
         power_sums(probe, 2.0, torch.float32)
-        scale_(probe, torch.ones((), device=device))
+        scale_(probe, torch.ones((), dtype=torch.float64, device=device))
     except Exception as error:  # no C compiler, an old driver, …: clipping goes on without
         logger.warning(
             "Triton's kernels do not run on %s (%s: %s): foreach operators clip instead, with more launches. "

@@ -23,11 +23,10 @@ from distclip._parameters import named_parameters
 from distclip._plan import build_plan
 from distclip._reduction import OutdatedPlan, reduce_message
 from distclip._report import ClipReport
-from distclip._single import Single
+from distclip._single import Single, coefficient_to
 from distclip._source import begun_to_train, witness_of
 from distclip._synchronisation import wrappers
 from distclip.hooks import Handle, require_whole
-from distclip.strategies._base import scale_to
 from distclip.strategies.global_norm import GlobalNorm
 from distclip.strategies.per_parameter import PerParameter
 from distclip.strategies.value import Value
@@ -127,7 +126,7 @@ class InBackward:
         self._rows = torch.tensor(self._plan.rows, dtype=torch.int64, device=device)
         self._shares = 1.0 / torch.tensor(self._plan.multiplicities, dtype=torch.float64, device=device)
         self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
-        self._previous = torch.zeros((), device=device)  # the last finite total norm
+        self._previous = torch.zeros((), dtype=torch.float32, device=device)  # the last finite total norm
         self._begin()
 
         index = {id(p.tensor): i for i, p in enumerate(own)}
@@ -152,12 +151,12 @@ class InBackward:
         self._threshold = self._upcoming_threshold()
         self._coefficient: Tensor | None = None
         if isinstance(self.strategy, GlobalNorm):
-            self._coefficient = scale_to(self._previous, self._threshold, self.strategy.eps)
+            self._coefficient = coefficient_to(self._previous.double(), self._threshold, self.strategy.eps)
 
     def _upcoming_threshold(self) -> Tensor:
         """[] float32: what the strategy will compare with in this step. Its state stays as it is."""
         buffers = {name: buffer.clone() for name, buffer in self.strategy.named_buffers()}
-        one = torch.ones((), device=self._plan.device)
+        one = torch.ones((), dtype=torch.float32, device=self._plan.device)
         threshold: Tensor = self.strategy(Norms(one, one.unsqueeze(0))).threshold
         for name, buffer in self.strategy.named_buffers():
             buffer.copy_(buffers[name])
@@ -194,7 +193,7 @@ class InBackward:
                 kernels.clamp_(bucket.tensors, threshold)
             gradients.commit()
             return torch.minimum(local, threshold)
-        coefficient = scale_to(norm, threshold, self.strategy.eps)
+        coefficient = coefficient_to(norm, threshold, self.strategy.eps)
         if self._coefficient is not None:
             coefficient = torch.minimum(coefficient, self._coefficient.to(norm.device))
         if coefficient.device.type != "cpu" or coefficient.item() != 1:
@@ -241,11 +240,11 @@ class InBackward:
                 "InBackward."
             )
         norms = Norms.from_power_sums(before, p, plan.names)
-        clipped_norm = Norms.from_power_sums(after, p, plan.names).total
-        total = norms.total
-        nonfinite = ~torch.isfinite(total)
+        clipped_norm = Norms.from_power_sums(after, p, plan.names).reported_total
+        total = norms.reported_total
+        nonfinite = ~torch.isfinite(norms.total)
         threshold = self.strategy.decide(norms).threshold  # a schedule moves on, unless this was no step
-        self._previous = torch.where(nonfinite, self._previous, total)
+        self._previous = torch.where(nonfinite, self._previous, norms.total)
         for parameter in self._released:
             parameter.grad = None
         self._begin()
@@ -258,7 +257,7 @@ class InBackward:
             nonfinite=nonfinite,
             skipped=(~torch.isfinite(before)).any(),
             norm_type=p,
-            _parameter_norms=norms.slots,
+            _parameter_norms=norms.reported_slots,
             _parameter_names=plan.names,
         )
 

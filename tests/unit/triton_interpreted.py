@@ -454,9 +454,27 @@ def test_other_powers_and_sums_in_float64_are_left_to_foreach(launches: Counter[
     tensors = [torch.full((10,), 1e20)]
     assert host.power_sums(tensors, 2, torch.float64).tolist() == pytest.approx([1e41])
     assert host.power_sums(tensors, 1.5, torch.float32).tolist() == pytest.approx([1e31])
-    host.scale_(tensors, torch.tensor(0.5, dtype=torch.float64))
-    assert tensors[0][0] == 5e19
     assert not launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_what_float32_does_not_hold_is_summed_in_float64(p: float, dtype: torch.dtype) -> None:
+    """Four absolute values that are added in float32, squares of 1e19 and of 1e-23: only these chunks again."""
+    large, small = (6e4, 6e-8) if dtype == torch.float16 else (1e38, 1e-30)
+    tensors = [torch.full((3 * CHUNK + 5,), x).to(dtype) for x in (large, small, 0.0, 1.0)]
+    tensors[3][CHUNK] = large
+    assert measured(tensors, p) == close(tensors, p)
+    assert measured(tensors, p)[2] == 0
+
+
+def test_a_coefficient_that_float32_does_not_hold() -> None:
+    """1e38 times 1e-42, of which float32 has three digits."""
+    tensors = [torch.full((CHUNK + 5,), 1e38)]
+    host.scale_(tensors, torch.tensor(1e-42, dtype=torch.float64))
+    assert tensors[0].tolist() == pytest.approx([1e-4] * (CHUNK + 5), rel=1e-6)
+    host.scale_each_(tensors, torch.tensor([1e-3], dtype=torch.float64))
+    assert tensors[0].tolist() == pytest.approx([1e-7] * (CHUNK + 5), rel=1e-6)
 
 
 @pytest.mark.parametrize(
