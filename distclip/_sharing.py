@@ -66,8 +66,12 @@ def _owner_of(part: Strategy) -> Any:
 
 
 def has_state(strategy: torch.nn.Module) -> bool:
-    """Whether a step leaves anything behind in it."""
-    return any(value is not None for value in strategy.state_dict().values())
+    """Whether a step leaves anything behind in it, or in a module inside it."""
+    return any(
+        m._buffers.keys() - m._non_persistent_buffers_set
+        or type(m).get_extra_state is not torch.nn.Module.get_extra_state
+        for m in strategy.modules()
+    )
 
 
 def count_use(usage: Usage, first: Tensor | None) -> None:

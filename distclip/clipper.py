@@ -327,7 +327,7 @@ class Clipper:
             ValueError, OwnershipError, SettingsError: on every rank.
         """
         self._window.require_complete()
-        if not torch.compiler.is_compiling():
+        if not self._usage.clips and not torch.compiler.is_compiling():
             claim(self.strategy, self)
         self._parameters.make_current(
             self._source, param_norms=param_norms, weighted=self._window.weights is not None

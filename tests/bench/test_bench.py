@@ -140,12 +140,13 @@ def test_what_a_world_cannot_have_is_said() -> None:
 
 
 def test_scaling_counts() -> None:
-    """What is sent does not depend on the number of ranks; a step sends one number."""
+    """What is sent does not depend on the number of ranks; a step sends one number, beside two that
+    tell whether any rank has changed its parameters."""
     assert not dist.is_initialized()
     few, many = cost((4, 2), 40), cost((2048, 8), 40)
     assert (few.ranks, many.ranks) == (8, 16_384)
     for c in (few, many):
-        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 8, 320)
+        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 24, 336)
         assert c.plan_collectives == few.plan_collectives <= 3
         assert c.plan_bytes == few.plan_bytes
     assert "| 8 | 20 |" in study(worlds=((4, 2),), counts=(20,))
