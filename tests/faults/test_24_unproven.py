@@ -1,4 +1,4 @@
-"""24: plain parameters count as replicas only once their gradients have been compared, finite, on all ranks."""
+"""24: plain parameters are replicas only once their gradients have been compared, finite, on all ranks."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from tests import oracle
-from tests.harness import on_row
 from tests.counting import compares
+from tests.harness import on_row
 from tests.training.spread import OPTIMIZERS, ROWS, SCALERS, Spread, batch, built, loss_of, model, single
 
 ROWS_OF_WEIGHTS = {name: row for name, row in ROWS.items() if name != "pipeline"}

@@ -25,8 +25,8 @@ WITHOUT_OVERLAP = ("clip", "step", "function", "list", "accelerate")
 class Way:
     """Clips a model in one way, step after step, whatever happens to the model in between.
 
-    ``function`` and ``accelerate`` get the parameters anew in each step, as their users pass them; the rest keep
-    the module. Accelerate's model is registered as it is: what wraps it is the test's.
+    ``function`` and ``accelerate`` get the parameters anew in each step, as their users pass them; the rest
+    keep the module. Accelerate's model is registered as it is: what wraps it is the test's.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ def clipping(
 
 
 def fill(model: nn.Module, scale: float = 1.0, seed: int = 0) -> None:
-    """Gradients of known values through a real backward pass, whatever the model computes: alike on all ranks."""
+    """Known gradients through a real backward pass, whatever the model computes: alike on all ranks."""
     model.zero_grad()
     generator = torch.Generator().manual_seed(seed)
     loss: Any = 0.0
@@ -120,7 +120,8 @@ def assert_right(
     want = oracle.norm(before)
     assert want > 4 * bound, "nothing to clip"
     got = way()
-    assert type(got) is Tensor and got.dtype == torch.float32 and got.dim() == 0
+    assert type(got) is Tensor
+    assert (got.dtype, got.dim()) == (torch.float32, 0)
     assert got.item() == pytest.approx(want, rel=1e-5)
     after = [g for g in gather() if g is not None]
     for b, a in zip(before, after, strict=True):

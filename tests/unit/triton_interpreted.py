@@ -460,7 +460,7 @@ def test_other_powers_and_sums_in_float64_are_left_to_foreach(launches: Counter[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_what_float32_does_not_hold_is_summed_in_float64(p: float, dtype: torch.dtype) -> None:
-    """Four absolute values that are added in float32, squares of 1e19 and of 1e-23: only these chunks again."""
+    """Four absolute values added in float32, squares of 1e19 and of 1e-23: only these chunks again."""
     large, small = (6e4, 6e-8) if dtype == torch.float16 else (1e38, 1e-30)
     tensors = [torch.full((3 * CHUNK + 5,), x).to(dtype) for x in (large, small, 0.0, 1.0)]
     tensors[3][CHUNK] = large

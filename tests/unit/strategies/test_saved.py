@@ -65,11 +65,11 @@ def test_of_another_strategy(saved: str, this: str) -> None:
 @pytest.mark.parametrize(
     ("saved", "this", "message"),
     [
-        (ZClip(), GlobalNorm(), "the state was saved by ZClip, this is GlobalNorm"),
-        (GlobalNorm(), ZClip(), r"saved by a strategy without state \(GlobalNorm, say\), this is ZClip"),
-        (AdaGC(), Percentile(), "saved by AdaGC, this is Percentile"),
-        (Chain(ZClip(), Value(1.0)), ZClip(), r"saved by Chain\(ZClip\), this is ZClip"),
-        (ZClip(), Chain(ZClip(), Value(1.0)), r"saved by ZClip, this is Chain\(ZClip, Value\)"),
+        (ZClip(), GlobalNorm(), r"the state was saved by ZClip\(.*, this is GlobalNorm\("),
+        (GlobalNorm(), ZClip(), r"the state was saved by GlobalNorm\(.*, this is ZClip\("),
+        (AdaGC(), Percentile(), r"saved by AdaGC\(.*, this is Percentile\("),
+        (Chain(ZClip(), Value(1.0)), ZClip(), r"saved by Chain\(ZClip\(.*, this is ZClip\("),
+        (ZClip(), Chain(ZClip(), Value(1.0)), r"saved by ZClip\(.*, this is Chain\(ZClip\("),
         (GlobalNorm(Warmup(1, 2, 3)), GlobalNorm(), "that depends on the step, this is GlobalNorm"),
         (SkipSpikes(use_loss=True), SkipSpikes(), r"SkipSpikes with other settings \(it also has losses"),
         (SkipSpikes(), SkipSpikes(use_loss=True), r"SkipSpikes with other settings \(it lacks losses"),
@@ -84,7 +84,7 @@ def test_of_another_strategy(saved: str, this: str) -> None:
         (
             Chain(GlobalNorm(), Percentile()),
             Chain(GlobalNorm(), ZClip()),
-            r"links\[1\]: the state was saved by Percentile, this is ZClip",
+            r"saved by Chain\(GlobalNorm\(.* Percentile\(.*, this is Chain\(GlobalNorm\(.* ZClip\(",
         ),
     ],
 )  # fmt: skip
