@@ -92,7 +92,7 @@ class ParameterSet:
         self._calls = 0
         self._agreed_on_state = False
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
-        # By id of the parameter: what it is called in its source, where that has several of the name, and here.
+        # By id of the parameter: what its source calls it, where that is the name of several, and its own.
         self._told_apart: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
     # --- is it current? ---------------------------------------------------------------------------------
@@ -121,17 +121,11 @@ class ParameterSet:
         self._calls += 1
         compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
-        if (
-            compares
-            and self.plan is not None
-            and self.plan.compared == ()
-            and self._settings() != self._settled
-        ):
-            current = None  # nothing else that is compared would tell the others
-        if current is None:
+        if current is None or (compares and self._is_set_otherwise()):
+            calls = self._calls if current is not None else 1
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
-            self._calls = 1
+            self._calls = calls
         else:
             self._require_synchronised(current, compares)
         if not self._keep:
@@ -161,6 +155,12 @@ class ParameterSet:
         if plan.frozen and begun_to_train(tensors, plan.frozen):
             return None
         return tensors
+
+    def _is_set_otherwise(self) -> bool:
+        """Whether this rank has other settings than were agreed upon, and nothing that is compared tells so.
+        (A drop-in is told its settings in each call.)"""
+        compares = self.plan is not None and self.plan.compared != ()
+        return self._keep and not compares and self._settings() != self._settled
 
     def _is_proven(self) -> bool:
         """Whether a plan that was made before the first step has compared all gradients that it has to."""
