@@ -21,7 +21,8 @@ from distclip._placement import Placement
 from distclip._scope import Scope
 from distclip.errors import OwnershipError, SettingsError
 
-_QUOTED = 400  # bytes of a quotation
+_QUOTED = 16384  # bytes of a quotation that are compared, and
+_SHOWN = 400  # characters of it that are shown
 _FIELDS = ("strategy", "state", "options", "stages")
 _PER_STAGE = ("count", "names", "shapes")  # what ranks of one stage have in common
 
@@ -80,13 +81,7 @@ def agree_on_settings(
         raise OwnershipError(f"rank {rank}: {said}")
     for i, name in enumerate(_FIELDS):
         if high[i] != low[i]:
-            sides = [words[i] if hashes[i] == side[i] else None for side in (high, low)]
-            one, other = _quotations(sides, group, device)
-            raise SettingsError(
-                f"ranks are configured differently: {_HEADLINES[name]} is\n  {one}\non some, and\n  "
-                f"{other}\non others (rank {dist.get_rank()}: {words[i][:_QUOTED]}). Give every rank the "
-                "same."
-            )
+            raise SettingsError(_disagreement(name, words[i], hashes[i], high[i], low[i], group, device))
     if scope.stages is not None:
         counts = _counts_of_stages(lists, scope, group, device)
     else:
@@ -97,6 +92,61 @@ def agree_on_settings(
             )
         counts = [len(infos)]
     return Listed(counts, list(map(bool, anywhere)))
+
+
+def require_same_settings(
+    settings: Mapping[str, str], group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Of settings that are known to differ: say which.
+
+    Raises:
+        SettingsError: on every rank alike.
+    """
+    words = [settings.get(name, "") for name in _FIELDS]
+    hashes = list(map(_hash, words))
+    message = _maximum([*hashes, *(-h for h in hashes)], group, device)
+    n = len(hashes)
+    for i, name in enumerate(_FIELDS):
+        high, low = message[i], -message[n + i]
+        if high != low:
+            raise SettingsError(_disagreement(name, words[i], hashes[i], high, low, group, device))
+
+
+def hash_of_settings(settings: Mapping[str, str]) -> float:
+    return _hash(repr([settings.get(name, "") for name in _FIELDS]))
+
+
+def _disagreement(
+    name: str, own: str, mine: float, high: float, low: float, group: dist.ProcessGroup, device: torch.device
+) -> str:
+    """Both sides, and on which ranks. All ranks call this."""
+    sides = [own if mine == side else None for side in (high, low)]
+    one, other = _from_difference(*_quotations(sides, group, device))
+    side = 1.0 if mine == high else 2.0 if mine == low else 3.0
+    own_place = dist.get_rank(group)
+    found = _maximum([side if i == own_place else 0.0 for i in range(group.size())], group, device)
+    ranks = dist.get_process_group_ranks(group)
+    first, second, more = ([r for r, f in zip(ranks, found, strict=True) if f == k] for k in (1, 2, 3))
+    others = f" ({_ranks(more)}: something else again)" if more else ""
+    return (
+        f"ranks are configured differently: {_HEADLINES[name]} is\n  {one}\non {_ranks(first)}, and\n  "
+        f"{other}\non {_ranks(second)}{others}. Give every rank the same."
+    )
+
+
+def _from_difference(one: str, other: str) -> tuple[str, str]:
+    """Long ones from a little before where they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    begin = 0 if max(len(one), len(other)) <= _SHOWN else max(0, same - _SHOWN // 4)
+    cut = ("…" if begin else "") + "{}" + "{}"
+    return tuple(  # type: ignore[return-value]
+        cut.format(t[begin : begin + _SHOWN], "…" if len(t) > begin + _SHOWN else "") for t in (one, other)
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank(s) {shown}" + (f", … ({len(ranks)} ranks)" if ranks[8:] else "")
 
 
 _HEADLINES = {

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from distclip import _kernels as kernels
-from distclip._agreement import REMEDIES, agree_on_settings
+from distclip._agreement import REMEDIES, agree_on_settings, hash_of_settings, require_same_settings
 from distclip._arrival import meet
 from distclip._fingerprint import EXACT, TOLERANCE, WORDS, fingerprints
 from distclip._parameters import NamedParameter, ParameterInfo
@@ -224,26 +224,33 @@ def require_equal_gradients(
     rows: Sequence[int],
     scope: Scope,
     device: torch.device,
+    settings: Mapping[str, str],
     *,
     testify: bool = True,
 ) -> None:
-    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce.
+    """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce.
 
     ``names``: of the parameters of all stages; ``rows``: where these stand among them;
     ``compared``: by parameter index; ``device``: the plan's; ``testify``: False only joins.
 
     Raises:
-        OwnershipError: on every rank in scope alike.
+        OwnershipError, SettingsError: on every rank in scope alike.
     """
     group = scope.group()
     if group is None:
         return
     parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
     prints = _fingerprints(parameters, placements, compared if testify else (), _settled_gradient, device)
-    message = torch.full((2 * WORDS, len(names)), -math.inf, dtype=torch.float64, device=device)
+    message = torch.full((2 * WORDS, len(names) + 1), -math.inf, dtype=torch.float64, device=device)
     message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
+    if testify:
+        configured = hash_of_settings(settings)
+        message[:WORDS, -1], message[WORDS:, -1] = configured, -configured
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
     spread = (message[:WORDS] + message[WORDS:]).cpu()
+    if spread[0, -1] > 0:
+        require_same_settings(settings, group, device)
+    spread = spread[:, :-1]
     differing = (spread > TOLERANCE).any(dim=0).nonzero().flatten().tolist()
     if differing:
         more = f" ({len(differing)} parameters are affected)" if len(differing) > 1 else ""

@@ -27,7 +27,7 @@ from distclip._arguments import require_material
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._in_backward import require_gradients_after_backward
-from distclip._life import life_of
+from distclip._life import Life, life_of
 from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._overlap import Overlap
@@ -35,7 +35,7 @@ from distclip._parameters import NamedParameter, Parameters, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
 from distclip._reduction import OutdatedPlan
-from distclip._settings import settings_of
+from distclip._settings import settings_of, state_of
 from distclip._source import Witness, begun_to_train, witness_of
 from distclip._synchronisation import Synchronisation
 from distclip.errors import OwnershipError
@@ -59,6 +59,7 @@ class ParameterSet:
 
     Attributes:
         groups: ``stages`` and ``process_group``, which whoever does not keep the source gives for each call.
+        options: as passed; they may change.
         plan, measurement: None before the first :meth:`make_current`.
         overlap: what has been gathered in backward; None where nothing is.
     """
@@ -77,7 +78,7 @@ class ParameterSet:
     ) -> None:
         self._strategy, self._keep = strategy, keep
         self.groups = stages, process_group
-        self._accumulate, self._options = accumulate, dict(options or {})
+        self._accumulate, self.options = accumulate, dict(options or {})
         self._overlaps, self._watched = overlap, list(watched)
         self.plan: Plan | None = None
         self.measurement: Measurement | None = None
@@ -90,6 +91,9 @@ class ParameterSet:
         self._life: weakref.ref[dist.ProcessGroup] | None = None
         self._calls = 0
         self._agreed_on_state = False
+        self._settled: dict[str, str] = {}  # the settings, as agreed upon
+        # By id of the parameter: what its source calls it, where that is the name of several, and its own.
+        self._told_apart: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
     # --- is it current? ---------------------------------------------------------------------------------
 
@@ -117,10 +121,11 @@ class ParameterSet:
         self._calls += 1
         compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
-        if current is None:
+        if current is None or (compares and self._is_set_otherwise()):
+            calls = self._calls if current is not None else 1
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
-            self._calls = 1
+            self._calls = calls
         else:
             self._require_synchronised(current, compares)
         if not self._keep:
@@ -151,6 +156,12 @@ class ParameterSet:
             return None
         return tensors
 
+    def _is_set_otherwise(self) -> bool:
+        """Whether this rank has other settings than were agreed upon, and nothing that is compared tells so.
+        (A drop-in is told its settings in each call.)"""
+        compares = self.plan is not None and self.plan.compared != ()
+        return self._keep and not compares and self._settings() != self._settled
+
     def _is_proven(self) -> bool:
         """Whether a plan that was made before the first step has compared all gradients that it has to."""
         return self.plan is not None and self.plan.proven
@@ -173,7 +184,7 @@ class ParameterSet:
         if self.plan is None or self.plan.group_name is None or not self._lives_on():
             return
         if compares:
-            require_equal_gradients(self.plan, tensors, testify=False)
+            require_equal_gradients(self.plan, tensors, {}, testify=False)
         assert self.measurement is not None
         weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
         if weight is not None and not self.measurement.carries:
@@ -236,15 +247,16 @@ class ParameterSet:
             synchronisation = Synchronisation(
                 [*_modules_of(parameters), *self._watched], tensors, keep=self._keep
             )
-            self.plan = None
+            self.plan, self._settled = None, self._settings()
+            settings = self._settled | self._settings_of_plan(param_norms)
             plan = build_plan(
-                named,
+                [p._replace(name=self._name_of(p)) for p in named],
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
                 ordered=param_norms or _tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
-                settings=self._settings(),
+                settings=settings,
                 complaint=complaint,
             )
             assert read is not None
@@ -256,15 +268,36 @@ class ParameterSet:
             self.plan, self.measurement, self._agreed_on_state = plan, measurement, True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self._life = None if world is None else weakref.ref(world)
+            self._told_apart = {
+                id(p.tensor): (weakref.ref(life_of(p.tensor)), p.name, info.name)
+                for info, p in zip(plan.parameters, map(named.__getitem__, plan.positions), strict=True)
+                if info.name != p.name
+            }
             self._take(parameters, read, synchronisation)
             self._gather_in_backward(parameters, tensors)
         self._require_synchronised(tensors, compares=False)
         return tensors
 
+    def _name_of(self, p: NamedParameter) -> str:
+        """As it was told apart from others of its name, though these may be gone: state goes on by name."""
+        life, called, name = self._told_apart.get(id(p.tensor), (None, "", ""))
+        return name if life is not None and life() is life_of(p.tensor) and called == p.name else p.name
+
     def _settings(self) -> dict[str, str]:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return {}
-        return settings_of(self._strategy, self._options, with_state=not self._agreed_on_state)
+        return settings_of(self._strategy, self.options)
+
+    def _settings_of_plan(self, param_norms: bool) -> dict[str, str]:
+        """Those that are agreed upon when a plan is made, and not looked at later."""
+        if not self._settled:
+            return {}
+        options = f"{self._settled['options']}, param_norms={param_norms}"
+        return {"options": options} | ({} if self._agreed_on_state else {"state": state_of(self._strategy)})
+
+    def agree_on_state(self) -> None:
+        """A state has been loaded, as on every rank: compare it at the next step."""
+        self._agreed_on_state, self._read = False, None
 
     def _take(
         self, parameters: Parameters, read: _Read, synchronisation: Synchronisation | None = None
@@ -321,7 +354,7 @@ class ParameterSet:
                 "(clipper.accumulate does), then clip."
             )
         if culprit == "DDP" or compares:
-            require_equal_gradients(self.plan, tensors)
+            require_equal_gradients(self.plan, tensors, self._settings())
 
 
 class _Read:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -127,15 +128,29 @@ def walk_modules(modules: Sequence[nn.Module]) -> Iterator[NamedParameter]:
         yield from _walk_module(f"modules[{i}].", module)
 
 
-# Attributes under which wrappers keep the user's module: FSDP1, torch.compile, activation checkpointing.
-_WRAPPED = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+# Where wrappers keep the user's module: the attribute, and the class that it is an attribute of, which does
+# not exist before its file has been imported. A user's own attribute may have the same name.
+_WRAPPERS = {
+    "module": (
+        ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        ("torch.nn.parallel.data_parallel", "DataParallel"),
+    ),
+    "_fsdp_wrapped_module": (
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
+    ),
+    "_orig_mod": (("torch._dynamo.eval_frame", "OptimizedModule"),),
+    "_checkpoint_wrapped_module": (
+        ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
+    ),
+}
 
 
 def _hides(module: nn.Module, child: str) -> bool:
     """Whether the name of this child is a wrapper's, and no part of the names in the user's module."""
-    if child == "module":
-        return isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return child in _WRAPPED
+    if child not in _WRAPPERS:
+        return False
+    kinds = (getattr(sys.modules.get(file), kind, None) for file, kind in _WRAPPERS[child])
+    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -196,22 +211,39 @@ def order_in_modules(tensors: Sequence[Tensor]) -> list[tuple[int, str]] | None:
 
 
 class _GivenNames:
-    """Names that the program has read itself, from ``named_parameters()`` of a wrapped module say."""
+    """Names that the program has read itself, from ``named_parameters()`` of a wrapped module say.
+
+    The wrapper may be gone by now, but for DDP, without which there is nothing to clip together. So a part
+    called ``module`` goes where a living wrapper is found that put it there, and the others, of which nobody
+    names an attribute by chance, unless a module of the user's own is found to have it.
+    """
 
     def __init__(self) -> None:
-        self._under_ddp: dict[int, str] | None = None  # by parameter, its name in what DDP wraps
+        self._parts: dict[int, list[tuple[list[str], bool]]] | None = None
 
     def __call__(self, name: str, tensor: Tensor) -> str:
         parts = name.split(".")
-        if "module" in parts:  # DDP's, or a user's own attribute: the DDP modules that there are tell
-            if self._under_ddp is None:
-                self._under_ddp = {
-                    id(p): own for ddp in ddp_modules() for own, p in ddp.module.named_parameters()
-                }
-            own = self._under_ddp.get(id(tensor))
-            if own is not None and f".{name}".endswith(f".module.{own}"):
-                parts = f"{name.removesuffix(f'module.{own}')}{own}".split(".")
-        return ".".join(part for part in parts if part not in _WRAPPED)
+        if _WRAPPERS.keys().isdisjoint(parts):
+            return name
+        if self._parts is None:
+            self._parts = _parts_of_wrappers()
+        hidden = {i for i, part in enumerate(parts) if part in _WRAPPERS and part != "module"}
+        for end, is_hidden in self._parts.get(id(tensor), ()):
+            if parts[-len(end) :] == end:
+                (hidden.add if is_hidden else hidden.discard)(len(parts) - len(end))
+        return ".".join(part for i, part in enumerate(parts) if i not in hidden)
+
+
+def _parts_of_wrappers() -> dict[int, list[tuple[list[str], bool]]]:
+    """By the id of a parameter: ends of its names that begin with what a wrapper's attribute is called, and
+    whether it is a wrapper's (and not the user's). Found by the garbage collector."""
+    found: dict[int, list[tuple[list[str], bool]]] = {}
+    for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
+        for attribute in _WRAPPERS.keys() & vars(module).get("_modules", {}).keys():
+            is_hidden, child = _hides(module, attribute), module._modules[attribute]
+            for name, tensor in child.named_parameters(remove_duplicate=False) if child else ():
+                found.setdefault(id(tensor), []).append(([attribute, *name.split(".")], is_hidden))
+    return found
 
 
 def ddp_modules() -> list[nn.parallel.DistributedDataParallel]:

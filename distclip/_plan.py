@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -130,6 +131,10 @@ def build_plan(
         group, size = scope.group(), scope.size
     else:
         group, size = _reduction_group(placements, scope, agreed.sharded)
+    every = _told_apart(agreed.every)
+    for i, row in enumerate(agreed.rows):
+        if agreed.every[row].name == infos[i].name:  # a tied copy keeps its own
+            infos[i] = replace(infos[i], name=every[row].name)
     return Plan(
         parameters=tuple(infos),
         positions=tuple(trains),
@@ -139,7 +144,7 @@ def build_plan(
             for i, p in enumerate(placements)
         ),
         partial=agreed.partial,
-        every=_told_apart(agreed.every),
+        every=every,
         rows=agreed.rows,
         scope=scope,
         group_name=None if group is None else group.group_name,
@@ -156,25 +161,32 @@ def _are_bare(infos: Sequence[ParameterInfo]) -> bool:
     return any(info.name.startswith(("parameters[", "param_groups[")) for info in infos)
 
 
-def _told_apart(infos: Iterable[ParameterInfo]) -> tuple[ParameterInfo, ...]:
+def _told_apart(infos: Sequence[ParameterInfo]) -> tuple[ParameterInfo, ...]:
     """Two models, or pipeline stages, may use the same names: the second to come is ``name#2``."""
+    taken = {info.name for info in infos}
     seen: Counter[str] = Counter()
     apart = []
     for info in infos:
         seen[info.name] += 1
-        count = seen[info.name]
-        apart.append(info if count == 1 else replace(info, name=f"{info.name}#{count}"))
+        if seen[info.name] > 1:
+            number = next(n for n in count(seen[info.name]) if f"{info.name}#{n}" not in taken)
+            seen[info.name] = number
+            info = replace(info, name=f"{info.name}#{number}")
+            taken.add(info.name)
+        apart.append(info)
     return tuple(apart)
 
 
-def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor], *, testify: bool = True) -> None:
-    """Compare the gradients of plain copies between ranks, as they are now. One all-reduce; none
-    where no rank has any.
+def require_equal_gradients(
+    plan: Plan, tensors: Sequence[Tensor], settings: Mapping[str, str], *, testify: bool = True
+) -> None:
+    """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce;
+    none where no rank has any.
 
     ``testify``: False only joins the others.
 
     Raises:
-        OwnershipError: on every rank in scope alike.
+        OwnershipError, SettingsError: on every rank in scope alike.
     """
     if plan.compared == ():
         return
@@ -187,6 +199,7 @@ def require_equal_gradients(plan: Plan, tensors: Sequence[Tensor], *, testify: b
         plan.rows,
         plan.scope,
         plan.device,
+        settings,
         testify=testify,
     )
 

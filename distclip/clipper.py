@@ -329,6 +329,7 @@ class Clipper:
         self._window.require_complete()
         if not self._usage.clips and not torch.compiler.is_compiling():
             claim(self.strategy, self)
+            self._parameters.options["on_nonfinite"] = self.on_nonfinite
         self._parameters.make_current(
             self._source, param_norms=param_norms, weighted=self._window.weights is not None
         )
@@ -622,6 +623,7 @@ class Clipper:
                 f"the state does not fit: it was saved by {was}, this is {own}. Make the strategy with the "
                 f"settings that it was saved with, or begin without this state. ({_first_line_of(error)})"
             ) from error
+        self._parameters.agree_on_state()
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))

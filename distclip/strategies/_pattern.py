@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from distclip._parameters import ParameterInfo
+
+_TOLD_APART = re.compile(
+    r"#\d+$"
+)  # what follows the name in all but the first of several that are called alike
 
 
 class Patterns:
@@ -57,4 +62,5 @@ class Patterns:
 def _fits(key: str | int, parameter: ParameterInfo) -> bool:
     if isinstance(key, int):
         return key == parameter.optimizer_group
-    return fnmatchcase(parameter.name, key)
+    name = parameter.name
+    return fnmatchcase(name, key) or fnmatchcase(_TOLD_APART.sub("", name), key)
