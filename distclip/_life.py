@@ -20,8 +20,9 @@ class Life:
     def __init__(self, owner: int) -> None:
         self.owner = owner  # its id: copies of a tensor carry what the tensor carries
 
-    def __reduce__(self) -> tuple[type[int], tuple[()]]:
-        return int, ()  # whoever loads the tensor elsewhere needs nothing of ours
+    def __reduce__(self) -> tuple[type[complex], tuple[()]]:
+        # Whoever loads the tensor elsewhere needs nothing of ours, and torch.load(weights_only=True) knows it.
+        return complex, ()
 
 
 def life_of(tensor: Tensor) -> Life:

@@ -218,20 +218,18 @@ def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str], scope: Sco
 
 def require_equal_gradients(
     names: Sequence[str],
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor] | None,
     placements: Sequence[Placement],
     compared: Sequence[int],
     rows: Sequence[int],
     scope: Scope,
     device: torch.device,
-    settings: Mapping[str, str],
-    *,
-    testify: bool = True,
+    settings: Mapping[str, str] | None,
 ) -> None:
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce.
 
     ``names``: of the parameters of all stages; ``rows``: where these stand among them;
-    ``compared``: by parameter index; ``device``: the plan's; ``testify``: False only joins.
+    ``compared``: by parameter index; ``device``: the plan's; ``tensors``, ``settings``: None only joins.
 
     Raises:
         OwnershipError, SettingsError: on every rank in scope alike.
@@ -239,17 +237,18 @@ def require_equal_gradients(
     group = scope.group()
     if group is None:
         return
-    parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
-    prints = _fingerprints(parameters, placements, compared if testify else (), _settled_gradient, device)
     message = torch.full((2 * WORDS, len(names) + 1), -math.inf, dtype=torch.float64, device=device)
-    message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
-    if testify:
+    if tensors is not None:
+        parameters = [NamedParameter(names[row], t) for row, t in zip(rows, tensors, strict=True)]
+        prints = _fingerprints(parameters, placements, compared, _settled_gradient, device)
+        message[:, list(rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)
+    if settings is not None:
         configured = hash_of_settings(settings)
         message[:WORDS, -1], message[WORDS:, -1] = configured, -configured
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
     spread = (message[:WORDS] + message[WORDS:]).cpu()
     if spread[0, -1] > 0:
-        require_same_settings(settings, group, device)
+        require_same_settings(settings or {}, group, device)
     spread = spread[:, :-1]
     differing = (spread > TOLERANCE).any(dim=0).nonzero().flatten().tolist()
     if differing:

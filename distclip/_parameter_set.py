@@ -118,12 +118,11 @@ class ParameterSet:
         """
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
-        self._calls += 1
-        compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
+        compares = self._count_call()
         current = self._look(parameters, tensors)
         if current is None or (compares and self._is_set_otherwise()):
             calls = self._calls if current is not None else 1
-            self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
+            self._tell_others(compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
             self._calls = calls
         else:
@@ -131,6 +130,11 @@ class ParameterSet:
         if not self._keep:
             self.groups = None, None
         return current
+
+    def _count_call(self) -> bool:
+        """Whether gradients of plain copies are compared in this one."""
+        self._calls += 1
+        return self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
 
     def tensors_of(self, parameters: Parameters) -> list[Tensor]:
         """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or
@@ -174,7 +178,17 @@ class ParameterSet:
 
     # --- what to do where it is not -----------------------------------------------------------------------
 
-    def _tell_others(self, tensors: list[Tensor], compares: bool, param_norms: bool, weighted: bool) -> None:
+    def leave(self) -> None:
+        """In place of :meth:`make_current`, where what is to be clipped from now on has another set, on this
+        rank at least.
+
+        Raises:
+            OwnershipError: only some ranks go there.
+        """
+        if self.plan is not None:
+            self._tell_others(self._count_call(), param_norms=False, weighted=False)
+
+    def _tell_others(self, compares: bool, param_norms: bool, weighted: bool) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
         join the step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
 
@@ -184,23 +198,32 @@ class ParameterSet:
         if self.plan is None or self.plan.group_name is None or not self._lives_on():
             return
         if compares:
-            require_equal_gradients(self.plan, tensors, {}, testify=False)
-        assert self.measurement is not None
-        weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
-        if weight is not None and not self.measurement.carries:
-            self.measurement.everywhere(weight)
+            require_equal_gradients(self.plan)
         try:
-            self.measure(tensors, param_norms, None, None, weight, outdated=True)
+            self._call_off(param_norms, weighted)
         except OutdatedPlan as news:
             if not news.everyone:
                 raise OwnershipError(_CHANGED_HERE) from None
 
-    def decline(self, param_norms: bool = False) -> None:
+    def decline(self, param_norms: bool = False, *, weighted: bool = False) -> None:
         """Something that only this rank may have noticed keeps it from the step: the others, who may wait in
         the step's message, are told there. Then raise."""
         if self.plan is not None and self.plan.group_name is not None:
             with contextlib.suppress(OutdatedPlan):
-                self.measure(self.tensors, param_norms, outdated=True)
+                self._call_off(param_norms, weighted)
+
+    def _call_off(self, param_norms: bool, weighted: bool) -> None:
+        """The step's message, without gradients.
+
+        Raises:
+            OutdatedPlan: always.
+        """
+        assert self.plan is not None
+        assert self.measurement is not None
+        weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
+        if weight is not None and not self.measurement.carries:
+            self.measurement.everywhere(weight)
+        self.measurement.norms((), Gradients([], [], []), param_norms, weight=weight, outdated=True)
 
     def measure(
         self,
@@ -209,21 +232,17 @@ class ParameterSet:
         factor: Tensor | None = None,
         loss: Tensor | None = None,
         weight: Tensor | None = None,
-        *,
-        outdated: bool = False,
     ) -> tuple[Gradients | None, Norms, Norms | None]:
         """The gradients (None where they had been measured in backward), the norms that the strategy wants of
         them and those of the parameters: one all-reduce at most."""
         assert self.measurement is not None
-        ready = None if self.overlap is None or outdated else self.overlap.sums()
+        ready = None if self.overlap is None else self.overlap.sums()
         gradients = self.measurement.collect(tensors, param_norms) if ready is None else None
         try:
             norms, by_parameter = self.measurement.norms(
-                tensors, gradients, param_norms, factor, loss, ready, weight, outdated=outdated
+                tensors, gradients, param_norms, factor, loss, ready, weight
             )
         except OutdatedPlan:
-            if outdated:
-                raise
             raise OwnershipError(_CHANGED_ELSEWHERE) from None
         return gradients, norms, by_parameter
 

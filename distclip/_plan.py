@@ -178,30 +178,27 @@ def _told_apart(infos: Sequence[ParameterInfo]) -> tuple[ParameterInfo, ...]:
 
 
 def require_equal_gradients(
-    plan: Plan, tensors: Sequence[Tensor], settings: Mapping[str, str], *, testify: bool = True
+    plan: Plan, tensors: Sequence[Tensor] | None = None, settings: Mapping[str, str] | None = None
 ) -> None:
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce;
     none where no rank has any.
 
-    ``testify``: False only joins the others.
+    ``tensors``, ``settings``: None only joins the others.
 
     Raises:
         OwnershipError, SettingsError: on every rank in scope alike.
     """
-    if plan.compared == ():
-        return
-    parameters = [tensors[i] for i in plan.positions]
-    _ownership.require_equal_gradients(
-        plan.names,
-        parameters,
-        plan.placements,
-        plan.compared or (),
-        plan.rows,
-        plan.scope,
-        plan.device,
-        settings,
-        testify=testify,
-    )
+    if plan.compared != ():
+        _ownership.require_equal_gradients(
+            plan.names,
+            None if tensors is None else [tensors[i] for i in plan.positions],
+            plan.placements,
+            plan.compared or (),
+            plan.rows,
+            plan.scope,
+            plan.device,
+            settings,
+        )
 
 
 def _trains(tensor: Tensor) -> bool:

@@ -252,7 +252,7 @@ class Clipper:
             self._say_if_taken(optimizers)
             loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
         except ValueError:
-            self._parameters.decline(param_norms)
+            self._parameters.decline(param_norms, weighted=self._window.weights is not None)
             raise
         policy = self.on_nonfinite
         if policy == "propagate" and loss_scale.scaler is not None:
@@ -363,7 +363,7 @@ class Clipper:
             factor = self._factor(inverse_scale, plan.device)
             weight = self._window.weight_on(plan.device)
         except (TypeError, ValueError):
-            parameters.decline(param_norms)
+            parameters.decline(param_norms, weighted=self._window.weights is not None)
             raise
         if not torch.compiler.is_compiling():
             self._note_use(plan)
