@@ -21,7 +21,7 @@ class Life:
         self.owner = owner  # its id: copies of a tensor carry what the tensor carries
 
     def __reduce__(self) -> tuple[type[complex], tuple[()]]:
-        # Whoever loads the tensor elsewhere needs nothing of ours, and torch.load(weights_only=True) knows it.
+        # Whoever loads the tensor needs nothing of ours, and torch.load(weights_only=True) knows it.
         return complex, ()
 
 

@@ -230,8 +230,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
 
 # What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what
-# is known of it is dropped as soon as one of them dies; its place stays, since garbage collectors do not die
-# in step and addresses are used again, and what is evicted next must be the same on every rank. So which list
+# is known of it ends as soon as one of them dies; its place stays, since garbage collectors do not work in
+# step and addresses are used again, and what is evicted next must be the same on every rank. So which list
 # is planned anew depends only on which lists are passed: the caller's program, the same on every rank.
 _known: dict[tuple[Any, ...], _Entry] = {}
 _order: OrderedDict[int, _Entry] = OrderedDict()  # by number, the latest last
@@ -241,20 +241,25 @@ _MOST_KNOWN = 200_000  # tensors, over all lists
 
 
 class _Entry:
-    """What is known of one list, while all its tensors live."""
+    """What is known of one list.
+
+    Attributes:
+        ended: a tensor of it has died, and its address may be another's.
+    """
 
     def __init__(self, key: tuple[Any, ...], tensors: list[Tensor], norm_type: float, policy: str) -> None:
         self.number, self.key, self.size = next(_numbers), key, len(tensors)
         self.strategy = AsCalled(norm_type)
         options = {"norm_type": norm_type, "on_nonfinite": policy}
-        self.parameters: ParameterSet | None = ParameterSet(self.strategy, keep=False, options=options)
+        self.parameters = ParameterSet(self.strategy, keep=False, options=options)
+        self.ended = False
         me = weakref.ref(self)
 
-        def forget(_: object) -> None:
+        def end(_: object) -> None:
             if (entry := me()) is not None:
-                entry.parameters = None
+                entry.ended = True
 
-        self._lives = [weakref.ref(life_of(t), forget) for t in tensors if isinstance(t, Tensor)]
+        self._lives = [weakref.ref(life_of(t), end) for t in tensors if isinstance(t, Tensor)]
 
 
 def _set_of(
@@ -266,23 +271,54 @@ def _set_of(
 ) -> tuple[Parameters, list[Tensor], ParameterSet, AsCalled]:
     parameters = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
     tensors = bare_tensors(parameters)
-    groups = (_name_of(stages, "stages"), _name_of(process_group, "process_group"))
-    key = (norm_type, *groups, *map(id, tensors))
+    asked = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"))
+    key = (*asked, *map(id, tensors))
     entry = _known.get(key)
     if entry is None or not torch.compiler.is_compiling():
         with _lock:
-            if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
+            if entry is None or entry.ended:
                 entry = _Entry(key, tensors, norm_type, policy)
                 _known[key] = _order[entry.number] = entry
                 while len(_order) > 1 and sum(e.size for e in _order.values()) > _MOST_KNOWN:
                     _, oldest = _order.popitem(last=False)
                     if _known.get(oldest.key) is oldest:
                         del _known[oldest.key]
-            _order.move_to_end(entry.number)
+            if entry.number in _order:
+                _order.move_to_end(entry.number)
+        _note_source(parameters, asked, entry)
     known = entry.parameters
-    assert known is not None  # the caller holds its tensors
     known.groups = stages, process_group
     return parameters, tensors, known, entry.strategy
+
+
+# By the module or optimizer (the first, of several modules) that a list was last read from, and by what was
+# asked of it: the other modules, and what is known of the list.
+_latest: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[list[Any], _Entry]]]
+_latest = weakref.WeakKeyDictionary()
+
+
+def _note_source(parameters: Parameters, asked: tuple[Any, ...], entry: _Entry) -> None:
+    """Where these modules hold another list than in the last call, the ranks that did not see that change,
+    and so wait in the step of the former list, are told.
+
+    Raises:
+        OwnershipError: on every rank: not all see it.
+    """
+    source: list[Any] = list(parameters) if isinstance(parameters, list | tuple) else [parameters]
+    if not source or not all(isinstance(part, nn.Module | torch.optim.Optimizer) for part in source):
+        return
+    first, *others = source
+    asked = (*asked, len(others))
+    try:
+        latest = _latest.setdefault(first, {})
+    except TypeError:
+        return  # of a class whose objects cannot be told apart
+    before = latest.get(asked)
+    if before is not None and before[1] is entry:
+        return
+    if before is not None and all(ref() is part for ref, part in zip(before[0], others, strict=True)):
+        before[1].parameters.leave()
+    latest[asked] = [weakref.ref(part) for part in others], entry
 
 
 _alike: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()  # by how gradients lie, the latest last

@@ -294,7 +294,7 @@ def test_22_layouts_that_change(rank: int, kind: str, way: str) -> None:
 
 # (Of a list that a function is called with nothing tells that it was another one: there the rank that changed
 # waits for the others, see test_waiting. And what is merely frozen on a rank has no gradient there.)
-@pytest.mark.parametrize("way", ["clip", "step", "accelerate"])
+@pytest.mark.parametrize("way", ["clip", "step", "function", "accelerate"])
 @pytest.mark.parametrize("kind", [k for k in LAYOUTS if k.startswith("FSDP2: ") and k != "FSDP2: frozen"])
 @on_ranks(2)
 def test_22_changed_on_one_rank_only(rank: int, kind: str, way: str) -> str:
