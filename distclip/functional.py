@@ -244,20 +244,19 @@ class _Entry:
     """What is known of one list.
 
     Attributes:
-        ended: a tensor of it has died, and its address may be another's.
+        parameters: None once a tensor of it has died, whose address may be another's.
     """
 
     def __init__(self, key: tuple[Any, ...], tensors: list[Tensor], norm_type: float, policy: str) -> None:
         self.number, self.key, self.size = next(_numbers), key, len(tensors)
         self.strategy = AsCalled(norm_type)
         options = {"norm_type": norm_type, "on_nonfinite": policy}
-        self.parameters = ParameterSet(self.strategy, keep=False, options=options)
-        self.ended = False
+        self.parameters: ParameterSet | None = ParameterSet(self.strategy, keep=False, options=options)
         me = weakref.ref(self)
 
         def end(_: object) -> None:
             if (entry := me()) is not None:
-                entry.ended = True
+                entry.parameters = None
 
         self._lives = [weakref.ref(life_of(t), end) for t in tensors if isinstance(t, Tensor)]
 
@@ -276,7 +275,7 @@ def _set_of(
     entry = _known.get(key)
     if entry is None or not torch.compiler.is_compiling():
         with _lock:
-            if entry is None or entry.ended:
+            if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
                 entry = _Entry(key, tensors, norm_type, policy)
                 _known[key] = _order[entry.number] = entry
                 while len(_order) > 1 and sum(e.size for e in _order.values()) > _MOST_KNOWN:
@@ -285,19 +284,21 @@ def _set_of(
                         del _known[oldest.key]
             if entry.number in _order:
                 _order.move_to_end(entry.number)
-        _note_source(parameters, asked, entry)
     known = entry.parameters
+    assert known is not None  # the caller holds its tensors
+    if not torch.compiler.is_compiling():
+        _note_source(parameters, asked, known)
     known.groups = stages, process_group
     return parameters, tensors, known, entry.strategy
 
 
 # By the module or optimizer (the first, of several modules) that a list was last read from, and by what was
 # asked of it: the other modules, and what is known of the list.
-_latest: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[list[Any], _Entry]]]
+_latest: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[list[Any], ParameterSet]]]
 _latest = weakref.WeakKeyDictionary()
 
 
-def _note_source(parameters: Parameters, asked: tuple[Any, ...], entry: _Entry) -> None:
+def _note_source(parameters: Parameters, asked: tuple[Any, ...], known: ParameterSet) -> None:
     """Where these modules hold another list than in the last call, the ranks that did not see that change,
     and so wait in the step of the former list, are told.
 
@@ -314,11 +315,11 @@ def _note_source(parameters: Parameters, asked: tuple[Any, ...], entry: _Entry) 
     except TypeError:
         return  # of a class whose objects cannot be told apart
     before = latest.get(asked)
-    if before is not None and before[1] is entry:
+    if before is not None and before[1] is known:
         return
     if before is not None and all(ref() is part for ref, part in zip(before[0], others, strict=True)):
-        before[1].parameters.leave()
-    latest[asked] = [weakref.ref(part) for part in others], entry
+        before[1].leave()
+    latest[asked] = [weakref.ref(part) for part in others], known
 
 
 _alike: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()  # by how gradients lie, the latest last
