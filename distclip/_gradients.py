@@ -31,13 +31,16 @@ class Gradients:
     Attributes:
         parameters: the plan's.
         buckets: strided, non-empty tensors that can be changed in place.
+        rows: of sparse ones, by parameter, the row of the parameter that each of their values belongs to,
+            [values] int64; their values are in the buckets.
         rebuilt: gradients that could not be (sparse, expanded, lazily conjugated or negated, still in
             flight): their stand-in is in the buckets, and becomes ``.grad`` only if it is changed.
     """
 
     parameters: list[Tensor]
     buckets: list[Bucket]
-    rebuilt: list[tuple[Tensor, Tensor]]  # (parameter, new .grad)
+    rebuilt: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, new .grad)
+    rows: dict[int, Tensor] = field(default_factory=dict)
 
     def commit(self) -> None:
         """The tensors in the buckets have been changed: make that the gradients' value."""
@@ -59,7 +62,7 @@ def collect(plan: Plan, tensors: Sequence[Tensor]) -> Gradients:
             collecting.add(i, parameter.grad)
     if not torch.compiler.is_compiling():
         collecting.require_apart()
-    return Gradients(parameters, list(collecting.buckets.values()), collecting.rebuilt)
+    return Gradients(parameters, list(collecting.buckets.values()), collecting.rebuilt, collecting.rows)
 
 
 class _Collecting:
@@ -69,6 +72,7 @@ class _Collecting:
     def __init__(self, plan: Plan, parameters: Sequence[Tensor]) -> None:
         self.buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
         self.rebuilt: list[tuple[Tensor, Tensor]] = []
+        self.rows: dict[int, Tensor] = {}
         self._plan, self._parameters = plan, parameters
         self._seen: dict[Hashable, Tensor | None] = {}  # by identity, what .grad would have to become
         # What is worked on where it lies.
@@ -93,7 +97,9 @@ class _Collecting:
             replacement = self._seen[identity]
         else:
             replacement = None if workable is local else _like(workable, parameter)
-            elements = workable._values() if workable.layout is torch.sparse_coo else workable
+            elements = workable
+            if workable.layout is torch.sparse_coo:
+                elements, self.rows[i] = workable._values(), workable._indices()[0]
             if elements.numel() == 0:
                 return
             self._seen[identity] = replacement
@@ -119,6 +125,8 @@ class _Collecting:
         values, indices = local._values(), local._indices()
         if not values.numel():
             return local, id(local)
+        if not local.sparse_dim():
+            return local.to_dense(), id(local)
         region = Region.of(values)
         identity = (region, Region.of(indices), local.is_coalesced())
         if not local.is_coalesced():

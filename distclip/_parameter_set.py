@@ -214,7 +214,7 @@ class ParameterSet:
             try:
                 gradients = self.measurement.collect(tensors, param_norms)
             except ValueError as error:  # others may wait for this rank
-                gradients, complaint = Gradients([], [], []), error
+                gradients, complaint = Gradients([], []), error
         try:
             norms, by_parameter = self.measurement.norms(
                 tensors,

@@ -112,7 +112,7 @@ class Collector:
             for i, numel in runs.merged:
                 whole[i] = whole[i].as_strided((numel,), (1,))
             buckets.append(Bucket(whole, runs.parameters))
-        return Gradients(parameters, buckets, [])
+        return Gradients(parameters, buckets)
 
     def _look_at(self, gradients: list[Any]) -> tuple[_Layout, list[Tensor]] | tuple[None, None]:
         """How the gradients lie, and the members' local ones; None if any cannot simply be taken as it is."""
