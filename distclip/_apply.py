@@ -205,7 +205,7 @@ def change(outcome: Outcome, gradients: Gradients, slots: Slots | Units) -> None
             if coefficient is not None and coefficient.dim() == 0:
                 kernels.scale_(bucket.tensors, coefficient.to(device))
             elif coefficient is not None:
-                slots.scale_(bucket, coefficient)
+                slots.scale_(bucket, coefficient, gradients.rows)
             if bound is not None and outcome.bound_unit is None:
                 kernels.clamp_(bucket.tensors, bound.to(device))
             elif bound is not None and outcome.bound_unit is not None:

@@ -123,15 +123,17 @@ class Measurement:
         self, units: Units, tensors: Sequence[Tensor], gradients: Gradients, param_norms: bool, outdated: bool
     ) -> tuple[Norms, Norms | None]:
         plan, p = self._plan, self._strategy.norm_type
-        sums, weights = units.power_sums(plan, gradients, tensors, outdated=outdated)
-        norms = replace(Norms.from_power_sums(sums, p, ()), weights=weights.sqrt().float())
+        sums, weights, far = units.power_sums(plan, gradients, tensors, outdated=outdated)
+        of_units = Norms.from_power_sums(sums, p, (), far, units.distance)
+        norms = replace(of_units, weights=weights.sqrt().float())
         if not param_norms:
             return norms, None
         if self._parameter_of_unit is None:
             owners = [i for i, info in enumerate(plan.every) for _ in range(info.units)]
             self._parameter_of_unit = on_device(owners, torch.int64, sums.device)
         sums = regroup(sums, self._parameter_of_unit, len(plan.every), p)
-        return norms, Norms.from_power_sums(sums, p, plan.names)
+        far = None if far is None else regroup(far, self._parameter_of_unit, len(plan.every), p)
+        return norms, Norms.from_power_sums(sums, p, plan.names, far, units.distance)
 
     def _meter(self, every_parameter: bool) -> Meter:
         if every_parameter not in self._meters:

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
 from distclip._averaging import Action, averaging_of
+from distclip._memory import MEASURABLE, Region, is_bare, lie_apart
 from distclip._placement import MANAGED
 from distclip._plan import Plan
 from distclip._reduction import is_offloaded, local_of
@@ -45,6 +46,7 @@ _SAMPLED = 4  # gradients, 16 elements of each
 
 _gradient = attrgetter("grad")
 _version = attrgetter("_version")
+_nbytes = attrgetter("nbytes")
 
 logger = logging.getLogger("distclip")
 
@@ -324,7 +326,7 @@ class Overlap:
         if len(there) < len(gradients):
             self._put_zero([i for i, gradient in enumerate(gradients) if gradient is None])
         anew = [gradients[i] for i in changed]
-        if not all(map(self._lies_as_its_parameter, changed, anew)) or _share_memory(locals_, places):
+        if not all(map(self._lies_as_its_parameter, changed, anew)) or not _lie_apart(locals_, places):
             return None
         if changed:
             self._measure_and_note(changed, anew)
@@ -383,12 +385,17 @@ class Overlap:
         return torch.equal(now, then) if now.is_cpu else (now == then).all()
 
 
-def _share_memory(locals_: list[Tensor], places: list[int]) -> bool:
-    if len(set(places)) == len(places):
-        return False
-    # Empty ones may lie anywhere.
-    places = [place for place, n in zip(places, map(Tensor.numel, locals_), strict=True) if n]
-    return len(set(places)) < len(places)
+def _lie_apart(locals_: list[Tensor], places: list[int]) -> bool:
+    """Whether no gradient shares memory with another, as far as that is quickly told."""
+    if all(map(Tensor.is_contiguous, locals_)):
+        sizes = list(map(_nbytes, locals_))
+    else:
+        regions = [Region.of(local) if local.numel() else None for local in locals_]
+        sizes = [0 if region is None else region.end - region.begin for region in regions]
+    if 0 in sizes:  # empty ones may lie anywhere
+        places = [place for place, size in zip(places, sizes, strict=True) if size]
+        sizes = list(filter(None, sizes))
+    return lie_apart(places, sizes)
 
 
 @dataclass(eq=False)
@@ -435,8 +442,12 @@ def _current_stream(tensor: Tensor) -> Hashable:
 
 
 def _is_simple(local: Tensor) -> bool:
-    strided = type(local) is Tensor and local.layout is torch.strided
-    return strided and not (local.is_conj() or local.is_neg())
+    return (
+        type(local) is Tensor
+        and is_bare(local)
+        and local.dtype in MEASURABLE
+        and not (local.is_conj() or local.is_neg())
+    )
 
 
 def _some_of(gradient: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from distclip import _kernels as kernels
 from distclip._agreement import REMEDIES, agree_on_settings, hash_of_settings, require_same_settings
 from distclip._arrival import meet
 from distclip._fingerprint import EXACT, TOLERANCE, WORDS, fingerprints
+from distclip._memory import is_bare
 from distclip._parameters import NamedParameter, ParameterInfo
 from distclip._placement import Axis, Placement, distinct, whole_shape
 from distclip._scope import Scope, first_message_device, message_device
@@ -387,7 +388,8 @@ def _fingerprints(
     rows, tensors = [], []
     for i in indices:
         tensor = tensor_of(parameters[i].tensor, placements[i])
-        if tensor is not None:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        if tensor is not None and local is not None and is_bare(local):
             rows.append(i)
             tensors.append(tensor)
     if rows:

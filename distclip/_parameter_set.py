@@ -223,7 +223,7 @@ class ParameterSet:
         weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
         if weight is not None and not self.measurement.carries:
             self.measurement.everywhere(weight)
-        self.measurement.norms((), Gradients([], [], []), param_norms, weight=weight, outdated=True)
+        self.measurement.norms((), Gradients([], []), param_norms, weight=weight, outdated=True)
 
     def measure(
         self,
@@ -234,16 +234,29 @@ class ParameterSet:
         weight: Tensor | None = None,
     ) -> tuple[Gradients | None, Norms, Norms | None]:
         """The gradients (None where they had been measured in backward), the norms that the strategy wants of
-        them and those of the parameters: one all-reduce at most."""
+        them and those of the parameters: one all-reduce at most.
+
+        Raises:
+            ValueError, OwnershipError: on every rank that joins it: the gradients of some cannot be measured.
+        """
         assert self.measurement is not None
         ready = None if self.overlap is None else self.overlap.sums()
-        gradients = self.measurement.collect(tensors, param_norms) if ready is None else None
+        gradients, complaint = None, None
+        if ready is None:
+            try:
+                gradients = self.measurement.collect(tensors, param_norms)
+            except ValueError as error:  # others may wait for this rank
+                gradients, complaint = Gradients([], []), error
+        outdated = complaint is not None
         try:
             norms, by_parameter = self.measurement.norms(
-                tensors, gradients, param_norms, factor, loss, ready, weight
+                tensors, gradients, param_norms, factor, loss, ready, weight, outdated=outdated
             )
         except OutdatedPlan:
-            raise OwnershipError(_CHANGED_ELSEWHERE) from None
+            if complaint is None:
+                raise OwnershipError(_CHANGED_ELSEWHERE) from None
+        if complaint is not None:
+            raise complaint
         return gradients, norms, by_parameter
 
     def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:

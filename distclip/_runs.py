@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip._gradients import Bucket, Gradients, collect
+from distclip._memory import MEASURABLE, lie_apart
 from distclip._placement import distinct
 from distclip._plan import Plan
 
@@ -47,7 +48,7 @@ class _Layout:
         absent: parameters without a gradient.
         members: parameters with elements on this rank, as they lie in memory.
         sharded: of the members, those whose gradients are DTensors, by position; specs: their spec objects.
-        dtypes: of the members; complex: whether any of them is.
+        dtypes, sizes: of the members, in bytes; complex: whether any of them is.
         first_of: by member, the first member of its run; offsets: its distance from that, in bytes.
         buckets: the runs, by device and dtype.
     """
@@ -59,6 +60,7 @@ class _Layout:
     dtypes: list[torch.dtype]
     first_of: list[int]
     offsets: list[int]
+    sizes: list[int]
     complex: bool
     buckets: list[_Runs]
 
@@ -71,6 +73,7 @@ _spec = attrgetter("_spec")
 _dtype = attrgetter("dtype")
 _device = attrgetter("device")
 _storage_layout = attrgetter("layout")
+_nested = attrgetter("is_nested")
 
 
 class Collector:
@@ -109,18 +112,21 @@ class Collector:
             for i, numel in runs.merged:
                 whole[i] = whole[i].as_strided((numel,), (1,))
             buckets.append(Bucket(whole, runs.parameters))
-        return Gradients(parameters, buckets, [])
+        return Gradients(parameters, buckets)
 
     def _look_at(self, gradients: list[Any]) -> tuple[_Layout, list[Tensor]] | tuple[None, None]:
         """How the gradients lie, and the members' local ones; None if any cannot simply be taken as it is."""
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         locals_: list[Any] = [gradients[i] for i in present]
         specs: list[Any] = [None] * len(present)
+        placements = self._plan.placements
         for n, is_sharded in enumerate(map(isinstance, locals_, repeat(DTensor))):
             if is_sharded:
                 specs[n], locals_[n] = locals_[n]._spec, locals_[n]._local_tensor
-                if specs[n].placements != self._plan.placements[present[n]].torch_placements:
+                if specs[n].placements != placements[present[n]].torch_placements:
                     return None, None
+            elif placements[present[n]].mesh is not None:
+                return None, None
         if not _are_simple(locals_):
             return None, None
         numels, addresses = list(map(Tensor.numel, locals_)), list(map(Tensor.data_ptr, locals_))
@@ -131,7 +137,8 @@ class Collector:
         bucket_of = [numbers.setdefault(kind, len(numbers)) for kind in kinds]
         keys = [bucket << 64 | address for bucket, address in zip(bucket_of, addresses, strict=True)]
         order = sorted([n for n, numel in enumerate(numels) if numel], key=keys.__getitem__)
-        if len(set(map(addresses.__getitem__, order))) < len(order):  # tied or aliased
+        sizes = [ends[n] - addresses[n] for n in order]
+        if not _lie_apart(list(map(addresses.__getitem__, order)), sizes):
             return None, None
 
         begins: list[int] = []  # of the runs, positions in order
@@ -167,6 +174,7 @@ class Collector:
             specs=[specs[n] for n in order if specs[n] is not None],
             dtypes=[dtypes[n] for n in order],
             first_of=first_of,
+            sizes=sizes,
             offsets=[address - addresses[first] for address, first in zip(addresses, first_of, strict=True)],
             complex=any(dtype.is_complex for dtype in set(dtypes)),
             buckets=[runs for runs in of_bucket if runs.first],
@@ -182,7 +190,14 @@ def _are_simple(locals_: list[Any]) -> bool:
         and all(map(Tensor.is_contiguous, locals_))
         and not any(map(Tensor.is_conj, locals_))
         and not any(map(Tensor.is_neg, locals_))
+        and not any(map(_nested, locals_))
+        and MEASURABLE.issuperset(map(_dtype, locals_))
     )
+
+
+def _lie_apart(addresses: list[int], sizes: list[int]) -> bool:
+    """Whether no gradient shares memory with another (tied or aliased), and all have addresses."""
+    return 0 not in addresses and lie_apart(addresses, sizes)
 
 
 def _spans(begins: list[int], end: int) -> Iterator[tuple[int, int]]:
@@ -236,7 +251,7 @@ def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None
         return None
     if list(map(sub, addresses, map(addresses.__getitem__, layout.first_of))) != layout.offsets:
         return None
-    if len(set(addresses)) != len(addresses):  # tied or aliased
+    if not _lie_apart(addresses, layout.sizes):
         return None
     for runs in layout.buckets:
         for i, numel in runs.merged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,7 +34,7 @@ class Slots:
         """Whether no two parameters share one."""
         return len(set(self.of)) == len(self.of)
 
-    def scale_(self, bucket: Bucket, coefficient: Tensor) -> None:
+    def scale_(self, bucket: Bucket, coefficient: Tensor, rows: Mapping[int, Tensor] | None = None) -> None:
         """Multiply each gradient by the coefficient of its slot, [num_slots] float32 or float64."""
         owners = self.index(tuple(bucket.parameters), coefficient.device)
         kernels.scale_each_(bucket.tensors, coefficient[owners].to(bucket.tensors[0].device))

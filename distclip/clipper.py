@@ -401,6 +401,10 @@ class Clipper:
             self._parameters.overlap.forget()  # kernels of distclip's own change no version
         change(outcome, gradients, measurement.slots)
 
+    def decline(self) -> None:
+        """After :meth:`begin`, in place of what measures: where that cannot be on this rank, which raises."""
+        self._parameters.decline()
+
     def observe(self, report: ClipReport) -> None:
         """Take note of a step for the advice that is given once per run."""
         if not torch.compiler.is_compiling():

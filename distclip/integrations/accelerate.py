@@ -29,6 +29,7 @@ from distclip._parameters import Parameters, bare_tensors, freeze_source, named_
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._source import begun_to_train
+from distclip._transfer import bound_on
 from distclip.clipper import Clipper
 from distclip.integrations._stepping import (
     KeepingScaler,
@@ -292,7 +293,7 @@ class Installed:
         self._unscale(self._scaled(owners), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
         for bucket in gradients.buckets:
-            kernels.clamp_(bucket.tensors, torch.full((), bound, device=bucket.tensors[0].device))
+            kernels.clamp_(bucket.tensors, bound_on(bucket.tensors[0].device, bound))
         gradients.commit()
 
     def _unscale_gradients(self, optimizer: Any = None) -> None:

@@ -40,7 +40,11 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         return
     if loss_scale.inverse is None:
         raise ValueError("the gradients of this optimizer have been unscaled already since scaler.update()")
-    gradients = collect(plan, clipper.tensors)
+    try:
+        gradients = collect(plan, clipper.tensors)
+    except ValueError:
+        clipper.decline()
+        raise
     total = clipper.measure(gradients).total
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for bucket in gradients.buckets:
