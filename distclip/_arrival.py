@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -23,13 +24,16 @@ logger = logging.getLogger("distclip")
 PATIENCE = 30.0
 """Seconds that a rank waits before it says so."""
 _NAMED = 8  # ranks, and parameters, in a message
+_LOOKED_FOR_BY_ALL = 64  # ranks
+_NAPS_FOR_WORD = 30
 _FIRST_NAP, _LONGEST_NAP = (
     0.0002,
     1.0,
 )  # seconds; naps grow with the time waited, so that few ask a large store
 
 
-_meetings: dict[tuple[int, str], int] = {}  # by life of the process group, and group
+# Of each life of the process group, by the name of the group: the number of the next.
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
@@ -40,7 +44,10 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
     """
     try:
         store = c10d._get_default_store()
-        number = _meetings.get((id(store), group.group_name), 0)
+        world = dist.group.WORLD
+        assert world is not None  # there is a store
+        meetings = _meetings.setdefault(world, {})
+        number = meetings.get(group.group_name, 0)
         room = f"distclip/{group.group_name}/{number}"
         here = store.add(f"{room}/count", 1)
         store.set(f"{room}/{dist.get_rank()}", "here")
@@ -50,11 +57,15 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
         store.set(f"{room}/all", "here")
     else:
         _wait(store, room, group, names)
-    _meetings[id(store), group.group_name] = number + 1
+    meetings[group.group_name] = number + 1
     if number:  # all have left that one, or they would not have come to this
         before = f"distclip/{group.group_name}/{number - 1}"
         last = [f"{before}/{dist.get_rank()}"]
-        last += [f"{before}/count", f"{before}/all"] if dist.get_rank(group) == 0 else []
+        last += (
+            [f"{before}/{key}" for key in ("count", "all", "asked", "missing")]
+            if dist.get_rank(group) == 0
+            else []
+        )
         for key in last:
             store.delete_key(key)
 
@@ -80,7 +91,21 @@ def _wait(store: dist.Store, room: str, group: dist.ProcessGroup, names: Sequenc
 
 
 def _missing(store: dist.Store, room: str, group: dist.ProcessGroup) -> list[int]:
-    return [rank for rank in dist.get_process_group_ranks(group) if not store.check([f"{room}/{rank}"])]
+    """Those that have not come. The first to ask looks for each of them, and leaves word for the others, who
+    may be thousands; they look again whether these have come since."""
+    ranks = dist.get_process_group_ranks(group)
+    if store.add(f"{room}/asked", 1) > 1 and len(ranks) > _LOOKED_FOR_BY_ALL:
+        for _ in range(_NAPS_FOR_WORD):
+            if store.check([f"{room}/missing"]):
+                ranks = [int(rank) for rank in store.get(f"{room}/missing").decode().split()]
+                break
+            time.sleep(_LONGEST_NAP)
+        if len(ranks) > _LOOKED_FOR_BY_ALL:
+            return ranks
+        return [rank for rank in ranks if not store.check([f"{room}/{rank}"])]
+    missing = [rank for rank in ranks if not store.check([f"{room}/{rank}"])]
+    store.set(f"{room}/missing", " ".join(map(str, missing)))
+    return missing
 
 
 def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> str:

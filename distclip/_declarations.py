@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,12 @@ def add_to_names(module: nn.Module, declarations: Mapping[str, Declaration]) -> 
     for name, declaration in declarations.items():
         made += 1
         of_module[name] = replace(declaration, number=made)
+    if not isinstance(vars(module).get(_COMPANION), _Companion):
+        vars(module)[_COMPANION] = _Companion(module)
+    shapes = {p.name: whole_shape(p.tensor) for p in walk_modules([module])}
+    vars(module)[_COMPANION].shapes |= {
+        n: (shapes[n], d.label) for n, d in declarations.items() if n in shapes
+    }
 
 
 def add_to_parameter(parameter: Tensor, declaration: Declaration) -> None:
@@ -49,6 +56,60 @@ def add_to_parameter(parameter: Tensor, declaration: Declaration) -> None:
     _of_parameters[key] = _OfParameter(
         weakref.ref(life_of(parameter), forget), replace(declaration, number=made)
     )
+
+
+_COMPANION = "_distclip_declared"
+
+
+class _Companion:
+    """An attribute of a module of which something is declared, that goes where the module goes.
+
+    A deep copy of the module is declared as the module is. What is loaded from a pickle is mostly in another
+    process, with other groups: it has a text here that tells what was declared.
+
+    Attributes:
+        shapes: and labels, by name; emptied when a plan has taken note.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        weakref.finalize(module, _forget_module, self.shapes).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Companion | None:
+        module = self._module()
+        copy = memo.get(id(module))
+        if module is None or copy is None:
+            return None
+        _of_modules[copy] = dict(_of_modules.get(module, {}))
+        twin = _Companion(copy)
+        twin.shapes |= self.shapes
+        return twin
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        module = self._module()
+        declared = {} if module is None else _of_modules.get(module, {})
+        told = [f"{name!r} of {type(module).__name__} ({d.label})" for name, d in declared.items()]
+        return str, (", ".join(told[:2]) + (", …" if told[2:] else ""),)
+
+
+def _forget_module(shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    _lost.extend(shapes.values())
+
+
+def require_none_pickled(modules: Sequence[nn.Module]) -> None:
+    """
+    Raises:
+        ValueError: a module was declared in another process.
+    """
+    for module in modules:
+        for inside in module.modules():
+            told = vars(inside).get(_COMPANION)
+            if isinstance(told, str) and inside not in _of_modules:
+                raise ValueError(
+                    f"what was declared of {told} cannot be kept: the module comes from a pickle, and "
+                    "groups belong to the process. Declare it anew."
+                )
 
 
 @dataclass
@@ -77,6 +138,9 @@ class Declared:
         for module, declarations in list(_of_modules.items()):
             present = {p.name: p.tensor for p in walk_modules([module])}
             concerned = any(id(t) in mine for t in present.values())
+            companion = vars(module).get(_COMPANION)
+            if concerned and isinstance(companion, _Companion):
+                companion.shapes.clear()
             for name, declaration in declarations.items():
                 tensor = present.get(name)
                 if tensor is None:

@@ -397,6 +397,7 @@ class _Read:
         self.names = tuple(p.name for p in self.named)
         self._places = [(p.name, p.optimizer_group) for p in self.named]
         self._lives = [weakref.ref(life_of(p.tensor)) for p in self.named]
+        _declarations.require_none_pickled(_modules_of(parameters))
         self.declared = Declared(self.named)
         self._declarations = [self.declared.of.get(id(p.tensor)) for p in self.named]
 
@@ -410,12 +411,17 @@ class _Read:
     def require_declarations_kept(self, before: _Read) -> None:
         """
         Raises:
-            ValueError: something was declared of a parameter object that another has taken the place of.
+            ValueError: something was declared of a parameter object, or of a module, that another has taken
+                the place of.
         """
+        known = {
+            name: declaration
+            for name, declaration in zip(before.names, before._declarations, strict=True)
+            if declaration is not None
+        }
         for p in self.named:
-            if p.name in before.declared.by_object and id(p.tensor) not in self.declared.of:
-                old = next(d for n, d in zip(before.names, before._declarations, strict=True) if n == p.name)
-                assert old is not None
+            old = known.get(p.name)
+            if old is not None and id(p.tensor) not in self.declared.of:
                 raise ValueError(
                     f"another parameter has taken the place of {p.name}, of which was {old.label}: declare "
                     "that of the new one too, or of its module, whose names stay"

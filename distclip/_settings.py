@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -32,21 +31,25 @@ def settings_of(strategy: Strategy, options: Mapping[str, object]) -> dict[str, 
     }
 
 
-def described(strategy: Strategy) -> str:
-    """The class, and every public attribute that tells something (of a class that is not ours, the others
-    too); of the strategies and schedules inside likewise."""
-    return f"{type(strategy).__name__}({', '.join(_words_of_module(strategy))})"
+def described(strategy: Strategy, depth: int = 0) -> str:
+    """The class, and every attribute that tells something (of a class of ours the public ones); of the
+    strategies and schedules inside likewise."""
+    return f"{type(strategy).__name__}({', '.join(_words_of_module(strategy, depth))})"
 
 
-def _words_of_module(module: nn.Module) -> list[str]:
+def _words_of_module(module: nn.Module, depth: int) -> list[str]:
     ours = type(module).__module__.startswith("distclip.")
-    own = {k: v for k, v in vars(module).items() if k not in _OF_MODULES and not (ours and k.startswith("_"))}
-    words = [f"{k}={_word(v)}" for k, v in sorted(own.items())]
+    words = []
+    for key, value in sorted(vars(module).items()):
+        # Which rank it is on a strategy may know, as long as it decides nothing by it.
+        if key not in _OF_MODULES and not (ours and key.startswith("_")) and "rank" not in key:
+            words.append(f"{key}={_word(value, depth)}")
     for name, child in module.named_children():
         if isinstance(child, Strategy):
-            words.append(f"{name}={described(child)}")
+            words.append(f"{name}={described(child, depth)}")
         else:
-            words += [f"{name}.{word}" for word in _words_of_module(child)]
+            words.append(f"{name}={type(child).__name__}")
+            words += [f"{name}.{word}" for word in _words_of_module(child, depth)]
     words += [
         f"{name}={_values(buffer)}"
         for name, buffer in module.named_buffers(recurse=False)
@@ -63,30 +66,29 @@ def _word(value: Any, depth: int = 0) -> str:
         return "…"
     inside = partial(_word, depth=depth + 1)
     if isinstance(value, Strategy):
-        return described(value) if depth == 0 else type(value).__qualname__
+        return described(value, depth + 1)
     if isinstance(value, tuple | list | frozenset | set):
         words = list(map(inside, value))
         return f"({', '.join(sorted(words) if isinstance(value, frozenset | set) else words)})"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{inside(k)}: {inside(v)}' for k, v in value.items())}}}"
     if isinstance(value, torch.Tensor):
-        return _values(value) if type(value) is torch.Tensor and value.numel() <= _FEW else "Tensor"
-    if isinstance(value, nn.Module | type | weakref.ref):
-        return getattr(value, "__qualname__", type(value).__qualname__)
+        tells = type(value) is torch.Tensor and value.numel() <= _FEW and not value.is_meta
+        return _values(value) if tells else "Tensor"
     if isinstance(value, MethodType):
         return f"{inside(value.__self__)}.{value.__name__}"
     if isinstance(value, FunctionType):
         return _function(value, inside)
     if isinstance(value, functools.partial):
         return f"partial({inside(value.func)}, {inside(value.args)}, {inside(value.keywords)})"
-    if is_dataclass(value) or (callable(value) and hasattr(value, "__dict__")):  # a schedule may be an object
-        words = (
-            [f"{k}={inside(v)}" for k, v in sorted(vars(value).items())] if hasattr(value, "__dict__") else []
-        )
-        return f"{type(value).__qualname__}({', '.join(words)})"
-    if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "size", 0) == 1:  # of NumPy
+    if getattr(value, "size", None) == 1 and hasattr(value, "dtype") and hasattr(value, "item"):  # of NumPy
         return repr(value.item())
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    name: str = getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, nn.Module | type) or not (callable(value) or is_dataclass(value)):
+        return name
+    # A schedule may be an object.
+    told = ", ".join(f"{k}={inside(v)}" for k, v in sorted(getattr(value, "__dict__", {}).items()))
+    return f"{name}({told})"
 
 
 def _function(function: FunctionType, inside: Callable[[Any], str]) -> str:
@@ -95,11 +97,10 @@ def _function(function: FunctionType, inside: Callable[[Any], str]) -> str:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # empty as yet
             caught[name] = cell.cell_contents
-    words = [f"{name}={inside(value)}" for name, value in caught.items()]
-    words += [inside(function.__defaults__ or ()), inside(function.__kwdefaults__ or {})]
-    return (
-        f"{function.__qualname__}[{_hash_of(code)}]({', '.join(w for w in words if w not in ('()', '{}'))})"
-    )
+    caught |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    caught |= function.__kwdefaults__ or {}
+    told = ", ".join(f"{name}={inside(value)}" for name, value in caught.items())
+    return f"{function.__qualname__}[{_hash_of(code)}]({told})"
 
 
 def _hash_of(code: CodeType) -> str:
