@@ -236,13 +236,6 @@ def new_group(world: World, rng: random.Random, _: Any) -> None:
     world.keep.append(dist.new_group([0, 1, 2, 3] if rng.random() < 0.5 else [1, 2]))
 
 
-@change("a new process group that the others know nothing of", some=False)
-def private_group(world: World, rng: random.Random, _: Any) -> None:
-    pair = rng.choice([[0, 1], [2, 3], [1, 3]])
-    if dist.get_rank() in pair:
-        world.keep.append(dist.new_group(pair, use_local_synchronization=True))
-
-
 @change("a forward pass without gradients")
 def evaluated(world: World, rng: random.Random, _: Any) -> None:
     if len(world.nets()) != len(world.models) or world.kind == "replicas":
