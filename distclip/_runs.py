@@ -9,10 +9,10 @@ them would keep the gradients' memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import attrgetter, sub
+from operator import attrgetter, is_, itemgetter, sub
 from typing import Any
 
 import torch
@@ -46,20 +46,23 @@ class _Layout:
 
     Attributes:
         absent: parameters without a gradient.
-        members: parameters with elements on this rank, as they lie in memory.
+        take: from what is listed by parameter, that of the members: those with elements on this rank, as they
+            lie in memory.
         sharded: of the members, those whose gradients are DTensors, by position; specs: their spec objects.
-        dtypes, sizes: of the members, in bytes; complex: whether any of them is.
+        dtypes: of the members; complex: whether any of them is.
         first_of: by member, the first member of its run; offsets: its distance from that, in bytes.
+        firsts: the first members; sizes: bytes of their runs, whose members lie apart.
         buckets: the runs, by device and dtype.
     """
 
     absent: list[int]
-    members: list[int]
+    take: Callable[[Sequence[Any]], list[Any]]
     sharded: list[int]
     specs: list[Any]
     dtypes: list[torch.dtype]
     first_of: list[int]
     offsets: list[int]
+    firsts: list[int]
     sizes: list[int]
     complex: bool
     buckets: list[_Runs]
@@ -89,11 +92,12 @@ class Collector:
         self._mergeable = not plan.partial and not any(p.partial for p in distinct(plan.placements))
         self._layout: _Layout | None = None
         self._calls = 0
+        self._parameters_of = _picker(plan.positions)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Gradients:
         if torch.compiler.is_compiling():
             return collect(self._plan, tensors)  # addresses mean nothing there
-        parameters = [tensors[i] for i in self._plan.positions]
+        parameters = self._parameters_of(tensors)
         self._calls += 1
         # Another thread may put another layout there at any time: it is read and written once.
         layout = self._layout
@@ -138,7 +142,7 @@ class Collector:
         keys = [bucket << 64 | address for bucket, address in zip(bucket_of, addresses, strict=True)]
         order = sorted([n for n, numel in enumerate(numels) if numel], key=keys.__getitem__)
         sizes = [ends[n] - addresses[n] for n in order]
-        if not _lie_apart(list(map(addresses.__getitem__, order)), sizes):
+        if not _lie_apart([addresses[n] for n in order], sizes):
             return None, None
 
         begins: list[int] = []  # of the runs, positions in order
@@ -169,12 +173,13 @@ class Collector:
         here = set(present)
         layout = _Layout(
             absent=[i for i in range(len(gradients)) if i not in here],
-            members=members,
+            take=_picker(members),
             sharded=[position for position, n in enumerate(order) if specs[n] is not None],
             specs=[specs[n] for n in order if specs[n] is not None],
             dtypes=[dtypes[n] for n in order],
             first_of=first_of,
-            sizes=sizes,
+            firsts=begins,
+            sizes=[ends[end - 1] - addresses[begin] for begin, end in spans],
             offsets=[address - addresses[first] for address, first in zip(addresses, first_of, strict=True)],
             complex=any(dtype.is_complex for dtype in set(dtypes)),
             buckets=[runs for runs in of_bucket if runs.first],
@@ -221,19 +226,29 @@ def _room(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.element_size()
 
 
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
+    """From a list, those at ``positions``, in a loop of C."""
+    if len(positions) < 2:
+        return lambda items: [items[i] for i in positions]
+    pick = itemgetter(*positions)
+    return lambda items: list(pick(items))
+
+
 def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None:
     """The members' local gradients, or None where they do not lie so any more."""
     for i in layout.absent:
         if gradients[i] is not None:
             return None
-    members: list[Any] = [gradients[i] for i in layout.members]
+    members = layout.take(gradients)
     if layout.sharded:
         found = members if len(layout.sharded) == len(members) else [members[i] for i in layout.sharded]
         if not all(map(isinstance, found, repeat(DTensor))):
             return None
-        for here, spec in zip(map(_spec, found), layout.specs, strict=True):
-            if here is not spec and here.placements != spec.placements:
-                return None
+        if not all(map(is_, map(_spec, found), layout.specs)) and any(
+            here.placements != spec.placements
+            for here, spec in zip(map(_spec, found), layout.specs, strict=True)
+        ):
+            return None
         if found is members:
             members = list(map(_local, members))
         else:
@@ -251,7 +266,7 @@ def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None
         return None
     if list(map(sub, addresses, map(addresses.__getitem__, layout.first_of))) != layout.offsets:
         return None
-    if not _lie_apart(addresses, layout.sizes):
+    if not _lie_apart(list(map(addresses.__getitem__, layout.firsts)), layout.sizes):
         return None
     for runs in layout.buckets:
         for i, numel in runs.merged:
