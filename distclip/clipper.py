@@ -124,7 +124,7 @@ class Clipper:
         require_source(parameters)
         require_group("stages", stages)
         require_group("process_group", process_group)
-        self.strategy = strategy
+        self._strategy = strategy
         self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
         self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
         self.steps = 0
@@ -154,6 +154,18 @@ class Clipper:
         )
         self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
         LIVING.add(self)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The one that it was made with. Its state goes on from step to step."""
+        return self._strategy
+
+    @strategy.setter
+    def strategy(self, strategy: Strategy) -> None:
+        raise AttributeError(
+            f"a Clipper keeps the strategy that it was made with ({_told(self._strategy)}): make a new one, "
+            "distclip.Clipper(model, strategy); or make the threshold a function of the step (distclip.Warmup)"
+        )
 
     @property
     def plan(self) -> Plan:
@@ -329,7 +341,7 @@ class Clipper:
         self._window.require_complete()
         if not self._usage.clips and not torch.compiler.is_compiling():
             claim(self.strategy, self)
-            self._parameters.options["on_nonfinite"] = self.on_nonfinite
+        self._parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
         self._parameters.make_current(
             self._source, param_norms=param_norms, weighted=self._window.weights is not None
         )
