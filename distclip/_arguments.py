@@ -173,8 +173,8 @@ def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.is_nested and tensor.layout is torch.strided:
             raise ValueError(
-                f"{name} is a nested tensor, whose elements cannot be told apart here: make each of its parts "
-                "a parameter of its own"
+                f"{name} is a nested tensor, which has no shape and no rows to speak of: make each of its "
+                "parts a parameter of its own"
             )
         if tensor.is_meta:
             raise ValueError(
