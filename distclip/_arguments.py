@@ -171,6 +171,11 @@ def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
         ValueError: a parameter has no values, and so can have no gradient that is to be measured.
     """
     for name, tensor in zip(names, tensors, strict=True):
+        if tensor.is_nested and tensor.layout is torch.strided:
+            raise ValueError(
+                f"{name} is a nested tensor, which has no shape and no rows to speak of: make each of its "
+                "parts a parameter of its own"
+            )
         if tensor.is_meta:
             raise ValueError(
                 f"{name} (shape {tuple(tensor.shape)}) is on the meta device, which holds no values: bring "

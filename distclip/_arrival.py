@@ -110,9 +110,9 @@ def _missing(store: dist.Store, room: str, group: dist.ProcessGroup) -> list[int
 
 def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> str:
     ranks = ", ".join(map(str, missing[:_NAMED])) + (
-        f", … ({len(missing)} ranks)" if missing[_NAMED:] else ""
+        f", ... ({len(missing)} ranks)" if missing[_NAMED:] else ""
     )
-    shown = ", ".join(map(repr, names[:2])) + (", …" if names[2:] else "")
+    shown = ", ".join(map(repr, names[:2])) + (", ..." if names[2:] else "")
     return (
         f"rank {dist.get_rank()} has waited {waited:.0f} s to plan the clipping of {len(names)} parameter(s) "
         f"({shown}) together with rank(s) {ranks}, which have not come. Mostly clip() (or describe(), or "

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip._plan import Plan
+from distclip._terminal import shown
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Description:
         ]
         of = "" if self.elements is None else f" of {self.elements:,}"
         lines.append(f"{len(self.rows)} parameters on this rank; {self.counted:,}{of} elements counted")
-        return "\n".join(lines)
+        return shown("\n".join(lines))
 
 
 def describe(plan: Plan, tensors: list[Tensor]) -> Description:

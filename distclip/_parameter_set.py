@@ -480,4 +480,4 @@ def _say_what_changed(before: Sequence[str], now: Sequence[str]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if names[3:] else "")
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")

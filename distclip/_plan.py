@@ -114,7 +114,7 @@ def build_plan(
         read = PlacementReader(Declared(named).of, averaged)
         for p in parameters:
             placements.append(read(p.name, p.tensor))
-        infos = [p.info for p in parameters]
+        infos = [p.info for p in parameters] if complaint is None else []
         homes = placements or [read(p.name, p.tensor) for p in named]
     except (ValueError, TypeError) as error:  # the others would wait
         complaint = complaint or error

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from distclip._terminal import shown
+
 
 @dataclass(frozen=True)
 class ClipReport:
@@ -79,4 +81,4 @@ class ClipReport:
             return f"norm {d['total_norm']:.3g}"
         if math.isnan(d["clipped_norm"]):  # clamped, and this norm does not tell what that left
             return f"norm {d['total_norm']:.3g}, clamped"
-        return f"norm {d['total_norm']:.3g} → {d['clipped_norm']:.3g} (×{d['coefficient']:.3g})"
+        return shown(f"norm {d['total_norm']:.3g} → {d['clipped_norm']:.3g} (×{d['coefficient']:.3g})")

@@ -158,6 +158,8 @@ def _squares(rows: Tensor) -> Tensor:
     """[rows] float64: the sum of squares of each."""
     if rows.is_complex():
         rows = torch.view_as_real(rows)
+    if rows.dim() == 1:
+        rows = rows.unsqueeze(1)
     dims, length = list(range(1, rows.dim())), math.prod(rows.shape[1:])
     wide = length > _LONG_ROW or rows.dtype == torch.float64 or not rows.is_cpu
     wide = wide or torch.compiler.is_compiling()

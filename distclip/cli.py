@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from distclip._terminal import never_raise
 from distclip.errors import DistclipError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. ``arguments``: those of the process, by default."""
+    never_raise()
     try:
         from distclip.monitor import commands
     except ModuleNotFoundError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distclip._terminal import never_raise
 from distclip.bench.cases import Row, Setting, measure
 from distclip.bench.contenders import CONTENDERS
 from distclip.bench.models import PLACEMENTS, placements_of
@@ -26,6 +27,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench; its exit code."""
+    never_raise()
     asked = _parser().parse_args(arguments)
     if asked.scaling:
         print(study(lambda said: print(said, file=sys.stderr, flush=True)))

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from distclip._terminal import shown
 from distclip._version import __version__
 from distclip.monitor.doctor import examine_installation, examine_runs
 from distclip.monitor.notation import parse_strategy
@@ -356,7 +357,8 @@ def _shares(flags: Any, width: int = 24) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    print(text if shown(text) == text else json.dumps(_finite(value), indent=2))
 
 
 def _finite(value: Any) -> Any:
