@@ -245,7 +245,8 @@ class Overlap:
         self._marks[i] = found
         self._addresses[i] = address(local)
         self._versions[i], self._outer_versions[i] = local._version, gradient._version
-        self._measured[i] = weakref.ref(gradient)
+        # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
+        self._measured[i] = weakref.ref(local)
 
     @torch.no_grad()
     def _measure(self, parameters: Sequence[int], gradients: Sequence[Tensor]) -> None:
@@ -304,13 +305,13 @@ class Overlap:
         gradients: list[Any] = list(map(_gradient, self._parameters))
         there = [i for i, gradient in enumerate(gradients) if gradient is not None]
         found = gradients if len(there) == len(gradients) else [gradients[i] for i in there]
+        locals_ = list(map(local_of, found)) if self._sharded else found
         measured = [then() for then in self._of(there, self._measured)]
         replaced = []
-        if not all(map(is_, measured, found)):
-            replaced = [i for i, then, g in zip(there, measured, found, strict=True) if then is not g]
+        if not all(map(is_, measured, locals_)):
+            replaced = [i for i, then, now in zip(there, measured, locals_, strict=True) if then is not now]
             if not all(_is_simple(local_of(gradients[i])) for i in replaced):
                 return None
-        locals_ = list(map(local_of, found)) if self._sharded else found
         places = addresses(locals_)
         if replaced:
             new = set(replaced)

@@ -93,7 +93,7 @@ class Synchronisation:
         found: dict[int, Axis] = {}
         for module in self._ddp:
             axis = Axis.along(module.process_group, "process_group")
-            found |= {id(p): axis for p in module._module_parameters if id(p) in self._own}
+            found |= {id(p): axis for p in _averaged_by(module) if id(p) in self._own}
         return found
 
     @contextlib.contextmanager
@@ -160,8 +160,14 @@ def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Mo
         for t in tensors
     ):
         mine = (m for m in ddp_modules() if not any(m is k for k in known))
-        found += [m for m in mine if any(id(p) in own for p in m._module_parameters)]
+        found += [m for m in mine if any(id(p) in own for p in _averaged_by(m))]
     return found
+
+
+def _averaged_by(module: DistributedDataParallel) -> Iterator[nn.Parameter]:
+    """What DDP averages, and what has been put into its module since: that lives on the same ranks."""
+    yield from module._module_parameters
+    yield from module.parameters()
 
 
 def _fsdp2_groups(module: nn.Module) -> Iterator[Any]:

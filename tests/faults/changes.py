@@ -119,7 +119,11 @@ def unfrozen(world: World, rng: random.Random, _: Any) -> None:
 @change("load_state_dict(assign=True)", fits=_has_modules)
 def assigned(world: World, rng: random.Random, _: Any) -> None:
     net = _net(world, rng)
-    net.load_state_dict({k: v.detach().clone() for k, v in net.state_dict().items()}, assign=True)
+    try:
+        state = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    except AttributeError:  # FSDP2 does not expect that another has taken the place of a parameter
+        return
+    net.load_state_dict(state, assign=True)
 
 
 @change("to meta and to_empty", fits=_is_plain)

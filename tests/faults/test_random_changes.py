@@ -96,6 +96,7 @@ class Oracle:
         self.seen: list[float] = []
         self.average: dict[tuple[str, int], float] = {}
         self.steps = 0
+        self.is_lost = False
 
     def strategy(self, *, odd: bool = False) -> distclip.Strategy:
         b, p = self.bound * (2 if odd else 1), self.p
@@ -124,7 +125,7 @@ class Oracle:
         for (name, stage, _), (s, _) in terms.items():
             by_name[name, stage].append(s)
         norms = {name: self.joined(sums) for name, sums in by_name.items()}
-        if self.kind == "AGC":
+        if self.kind == "AGC" or (self.is_lost and self.kind in ("Percentile", "AdaGC")):
             return None
         if self.kind == "PerParameter":
             return {name: _scale(n, self.bound) for name, n in norms.items()}
@@ -353,7 +354,8 @@ class Round:
             sums = _sums(p.grad, oracle.p, oracle.value)
             terms[name, world.stage, world.piece_of(p)] = sums
         before = [(n, p, None if p.grad is None else _dense(p.grad)) for n, p in trains]
-        shapes = [(n, tuple(p.shape), len(world.piece_of(p))) for n, p in trains]
+        flat = world.flat is not None
+        shapes = [(n, () if flat else tuple(p.shape), len(world.piece_of(p))) for n, p in trains]
         kinds = [str(p.dtype) for _, p in trains]
         mine = (world.stage, self._has_changed(state), shapes, kinds, terms, unsynchronised)
         everyone: list[Any] = [None] * SIZE
@@ -383,6 +385,8 @@ class Round:
             if self._is_refused(whole):
                 step.wrong.append("on_nonfinite='raise' has not raised")
             self._check(step, whole, before, norm.item(), reported)
+        elif step.ended == "right":
+            oracle.is_lost = True  # what was learned is not known
         if is_changed_alike and step.ended == "right":
             self.planned, self.declared = state, 0
         # Stages and pieces bring a message in every step.
@@ -610,7 +614,7 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
     while left:
         job, left = left[:IN_A_JOB], left[IN_A_JOB:]
         try:
-            ranks = pool(SIZE).run(Job(__name__, "_rounds", (job, str(directory)), {}, True), 120.0)
+            ranks = pool(SIZE).run(Job(__name__, "_rounds", (job, str(directory)), {}, True), 90.0)
         except RankFailure as failure:
             notes = [(directory / str(r)).read_text() for r in range(SIZE)]
             wrong.append("a hang\n    " + "\n    ".join(notes) + f"\n{str(failure)[-3000:]}")
