@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
+from distclip._advice import is_main_rank, logger
 from distclip._optimizer_step import _lacks_momentum, is_fused, parameters_of, readable
 from distclip._transfer import Transfer
+from distclip.clipper import Clipper
 
 
 class StepSkipper:
@@ -164,6 +166,17 @@ class Awaited:
 
     def __reduce__(self) -> Any:
         return bool, (bool(self),)
+
+
+def load_if_it_fits(clipper: Clipper, state: dict[str, Any]) -> None:
+    """Continue from what a checkpoint holds. Where another strategy has saved it, or one with other sizes,
+    the strategy goes on without: a run may be resumed with another one. Every rank loads the same, and so
+    finds the same."""
+    try:
+        clipper.load_state_dict(state)
+    except ValueError as error:
+        if is_main_rank():
+            logger.warning("the checkpoint's state of the clipping strategy is left out: %s", error)
 
 
 def leave_behind(patched: Any, *names: str, instead: Callable[[], dict[str, Any]] = dict) -> None:

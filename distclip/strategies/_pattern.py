@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from distclip._parameters import ParameterInfo
 
 _TOLD_APART = re.compile(
@@ -57,6 +59,19 @@ class Patterns:
                 f"it would change nothing. Their names are {', '.join(names[:6])}{more}. (Case counts, * "
                 "stands for any characters, and parameters that are frozen from the start do not count.)"
             )
+
+
+def require_fit(strategy: nn.Module, parameters: Sequence[ParameterInfo]) -> None:
+    """That each key of a strategy, or of one inside it, fits some of these. Copies of it may then be given
+    parts of them, where it fits none.
+
+    Raises:
+        ValueError: as :meth:`Patterns.require_fit`.
+    """
+    for module in strategy.modules():
+        for value in vars(module).values():
+            if isinstance(value, Patterns):
+                value.require_fit(parameters)
 
 
 def _fits(key: str | int, parameter: ParameterInfo) -> bool:

@@ -78,18 +78,14 @@ class Model(pl.LightningModule):
 
 
 class Norms(pl.Callback):
-    """The float64 norm of the gradients just before each step. Lightning has unscaled them there, if it is to
-    clip; ClipGradients has not."""
+    """The float64 norm of the gradients just before each step, where they have been unscaled."""
 
-    def __init__(self, *, scaled: bool = True) -> None:
+    def __init__(self) -> None:
         self.seen: list[float] = []
-        self.scaled = scaled
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None or not self.scaled else scaler.get_scale()
         total = sum(float(whole(p.grad).double().square().sum()) for p in pl_module.parameters())
-        self.seen.append(math.sqrt(total) / scale)
+        self.seen.append(math.sqrt(total))
 
 
 class Reports(pl.Callback):
@@ -443,7 +439,7 @@ class Weights(pl.Callback):
 @pytest.mark.parametrize(("kind", "fused"), [("fsdp2", False), ("fsdp2", True), ("fsdp1", False)])
 def test_sharded(kind: str, fused: bool) -> None:
     """All ranks get the same batches, so one process is the reference: there Lightning is right."""
-    one, norms = Model(), Norms(scaled=False)
+    one, norms = Model(), Norms()
     fit(one, norms, gradient_clip_val=MAX_NORM, **(scaled() if fused else {}))
     assert min(norms.seen) < MAX_NORM < max(norms.seen)
     fit_on_two(kind, fused, weights(one), norms.seen)
