@@ -164,7 +164,7 @@ class Clipper:
     def strategy(self, strategy: Strategy) -> None:
         raise AttributeError(
             f"a Clipper keeps the strategy that it was made with ({_told(self._strategy)}): make a new one, "
-            "distclip.Clipper(model, strategy); or make the threshold a function of the step (distclip.Warmup)"
+            "distclip.Clipper(model, strategy), or make the threshold a function of the step: distclip.Warmup"
         )
 
     @property

@@ -24,6 +24,8 @@ is what one device with the whole batch would do, and what ``distclip.Clipper`` 
   shard group inside the hook: one all-reduce of one number per parameter and sharded axis, in the order of
   backward. For many parameters ``distclip.Clipper(model, distclip.PerParameter(max_norm))`` is cheaper: one
   all-reduce in all. A plain parameter counts as whole; here nobody compares it with other ranks.
+- Parameters that are replaced, added or unfrozen later have no hook yet. Of modules, not of lists, this is
+  found at their next forward pass, and from then on the hooks are theirs; under FSDP2 register anew.
 - NaN stays NaN. An infinite element becomes the bound by value, and NaN by norm, as with torch.
 - Register after ``fully_shard`` (which replaces the parameters), and pass FSDP1 models as modules, so that
   they can be refused: FSDP1 runs no hooks of its parameters.
@@ -33,6 +35,7 @@ is what one device with the whole batch would do, and what ``distclip.Clipper`` 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,7 +43,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,9 +51,11 @@ from distclip import _kernels as kernels
 from distclip._averaging import after_averaging
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
-from distclip._parameters import Parameters, freeze_source, named_parameters
+from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import PlacementReader
 from distclip._single import Single, coefficient_to
+from distclip._source import begun_to_train, witness_of
+from distclip._synchronisation import is_fsdp2
 from distclip._transfer import bound_on
 from distclip.strategies._base import require_bound, require_norm_type
 
@@ -91,7 +96,7 @@ def clip_value(parameters: Parameters, clip_value: float, *, when: When = "gradi
 
     Args:
         parameters: a Module, several Modules, an Optimizer, a Tensor, or an iterable of Tensors or of
-            ``(name, Tensor)``. Those that require no gradient now are left out.
+            ``(name, Tensor)``. Those that require no gradient are left out.
         clip_value: the bound, ≥ 0.
         when: ``"gradient"`` (each backward pass's contribution; one copy of it) or ``"accumulated"``
             (``.grad``, in place). See the table above.
@@ -233,18 +238,69 @@ class _ByNorm:
 def _register(parameters: Parameters, clip: _ByValue | _ByNorm, when: When) -> Handle:
     if when not in ("gradient", "accumulated"):
         raise ValueError(f"{when=}: expected 'gradient' or 'accumulated'")
-    named = {id(p.tensor): p for p in named_parameters(freeze_source(parameters)) if p.tensor.requires_grad}
-    singles = [(p.tensor, Single(p)) for p in named.values()]  # raises before any hook is there
-    handles = []
-    for tensor, single in singles:
-        if when == "accumulated":
-            handles.append(_on_accumulated(tensor, _accumulated_hook(single, clip)))
-        else:
+    return Handle([_Registered(freeze_source(parameters), clip, when).remove])
+
+
+class _Registered:
+    """The hooks of a source's parameters; keeps none alive. Where it is of modules, each of their forward
+    passes looks whether they hold other parameters by now, or others train: then the hooks are theirs."""
+
+    def __init__(self, source: Parameters, clip: _ByValue | _ByNorm, when: When) -> None:
+        self._clip, self._when = clip, when
+        self._handles: list[Any] = []
+        self.register(source)
+        parts: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
+        modules = [m for m in parts if isinstance(m, nn.Module)]
+        # FSDP2 puts others in the place of sharded parameters between forward and backward.
+        sharded = any(is_fsdp2(m) for module in modules for m in module.modules())
+        self._looking: list[Any] = []
+        if len(modules) == len(parts) and not sharded:
+            look = _Look(modules, self)
+            self._looking = [m.register_forward_pre_hook(look, prepend=True) for m in modules]
+
+    def register(self, source: Parameters) -> None:
+        """In place of those that are there."""
+        named = named_parameters(source)
+        training = {id(p.tensor): p for p in named if p.tensor.requires_grad}
+        singles = [(p.tensor, Single(p)) for p in training.values()]  # raises before any hook is there
+        _remove(self._handles)
+        self.frozen = [i for i, p in enumerate(named) if not p.tensor.requires_grad]
+        for tensor, single in singles:
+            if self._when == "accumulated":
+                self._handles.append(_on_accumulated(tensor, _accumulated_hook(single, self._clip)))
+                continue
             arrived = _Arrived()
-            handles.append(tensor.register_hook(_gradient_hook(single, clip, arrived)))  # type: ignore[no-untyped-call]
+            hook = _gradient_hook(single, self._clip, arrived)
+            self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
             if isinstance(tensor, DTensor):
-                handles.append(_on_accumulated(tensor, _guard(single, arrived)))
-    return Handle([handle.remove for handle in handles])
+                self._handles.append(_on_accumulated(tensor, _guard(single, arrived)))
+
+    def remove(self) -> None:
+        _remove(self._handles)
+        _remove(self._looking)
+
+
+class _Look:
+    """A hook of the modules, which own it and are not kept alive by it."""
+
+    def __init__(self, modules: list[nn.Module], registered: _Registered) -> None:
+        self._modules, self._registered = list(map(weakref.ref, modules)), weakref.ref(registered)
+        self._witness = witness_of(bare_tensors(modules))
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        registered = self._registered()
+        modules = [m for ref in self._modules if (m := ref()) is not None]
+        if registered is None or torch.compiler.is_compiling() or len(modules) < len(self._modules):
+            return
+        tensors = bare_tensors(modules)
+        if self._witness.tensors(tensors) is None or begun_to_train(tensors, registered.frozen):
+            registered.register(modules)
+            self._witness = witness_of(tensors)
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _on_accumulated(tensor: Tensor, hook: Callable[[Tensor], None]) -> Any:
