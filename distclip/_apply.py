@@ -148,7 +148,7 @@ def _exact_coefficient(scale: Scale, norms: Norms) -> Tensor:
     coefficient = given.double()
     if scale.threshold.dim() <= given.dim():
         wanted = scale.threshold.double() / seen.double()
-        lost = (coefficient < _TINIEST) & ((wanted - coefficient).abs() <= _TINIEST)
+        lost = (coefficient <= _TINIEST) & ((wanted - coefficient).abs() <= _TINIEST)
         coefficient = torch.where(lost, wanted, coefficient)
     cut = (exact > LARGEST) & (exact < math.inf) & (coefficient < 1)
     return torch.where(cut, coefficient * (seen / exact), coefficient)

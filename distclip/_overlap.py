@@ -17,6 +17,7 @@ tells.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -73,6 +74,7 @@ class Overlap:
     ) -> None:
         self._parameters = [tensors[i] for i in plan.positions]
         self._norm_type, self._accumulate, self._device = norm_type, accumulate, plan.device
+        self._wide = plan.wide and bool(kernels.distance(norm_type))
         n = len(self._parameters)
         with torch.inference_mode(mode=False):  # it is written to outside as well
             self._sums = torch.zeros(n, dtype=torch.float64, device=plan.device)
@@ -293,8 +295,8 @@ class Overlap:
     def sums(self) -> Tensor | None:
         """``Σ|g|^p`` (``max|g|``) of this rank's part of each gradient as it is, [num_parameters] float64.
 
-        None where gradients share memory, are no plain strided tensors or have yet to be summed: those are
-        collected and measured in the usual way.
+        None where gradients share memory, are no plain strided tensors, have yet to be summed, or are float64
+        and their sums may be more than that holds: those are collected and measured in the usual way.
         """
         if torch.compiler.is_compiling():
             return None
@@ -331,6 +333,10 @@ class Overlap:
             return None
         if changed:
             self._measure_and_note(changed, anew)
+        if self._wide:  # of sums that float64 does not hold, others are needed
+            largest = kernels.look(self._sums.amax()) if self._sums.numel() else [0.0]
+            if largest is None or not largest[0] < math.inf:
+                return None
         return torch.where(untouched, self._sums, torch.nan) if isinstance(untouched, Tensor) else self._sums
 
     def _written(

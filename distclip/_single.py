@@ -51,23 +51,41 @@ class Single:
             torch.accelerator.current_stream().synchronize()
         return collect(self._plan, [parameter])
 
-    def power_sum(self, gradients: Gradients, norm_type: float) -> Tensor:
-        """This rank's ``Σ|g|^p`` (``max|g|`` for p = ∞), [1] float64; 0 for an empty shard."""
+    def power_sums(self, gradients: Gradients, norm_type: float) -> Tensor:
+        """This rank's ``Σ|g|^p`` (``max|g|`` for p = ∞), and beside it of a float64 gradient
+        ``Σ(|g|/2^distance)^p``: [1] or [2] float64; 0 for an empty shard."""
+        distance = kernels.distance(norm_type) if self._plan.wide else 0
         for bucket in gradients.buckets:  # one at most
-            return kernels.power_sums(bucket.tensors, norm_type, torch.float32)
-        return torch.zeros(1, dtype=torch.float64, device=self._plan.device)
+            return sums_of(bucket.tensors, norm_type, distance)[:, 0]
+        return torch.zeros(2 if distance else 1, dtype=torch.float64, device=self._plan.device)
 
-    def norm(self, power_sum: Tensor, norm_type: float) -> Tensor:
+    def norm(self, power_sums: Tensor, norm_type: float) -> Tensor:
         """The norm of the whole gradient, [] float64, the same on every rank that holds a part of it.
 
-        One all-reduce of one number for each axis that the parameter is sharded over.
+        One all-reduce of these numbers for each axis that the parameter is sharded over.
         """
-        whole = power_sum.clone()
+        whole = power_sums.clone()
         for axis in self.shards:
             whole = whole.to(message_device(axis.group, [whole]))
             whole = reduce_message(whole, norm_type, axis.group_name)
-        whole = whole.to(power_sum.device)[0]
-        return whole if math.isinf(norm_type) else whole.pow(1.0 / norm_type)
+        return norm_from(whole.to(power_sums.device), norm_type)
+
+
+def sums_of(tensors: list[Tensor], norm_type: float, distance: int) -> Tensor:
+    """``Σ|g|^p`` of each and, with a distance, ``Σ(|g|/2^distance)^p``: [1 or 2, len(tensors)] float64."""
+    sums = kernels.power_sums(tensors, norm_type, torch.float32)
+    return torch.stack([sums, kernels.far_power_sums(tensors, norm_type, sums)] if distance else [sums])
+
+
+def norm_from(sums: Tensor, norm_type: float) -> Tensor:
+    """The norms, float64, from [1 or 2, ...] as above."""
+    if math.isinf(norm_type):
+        return sums[0]
+    norms = sums[0].pow(1.0 / norm_type)
+    if len(sums) == 1:
+        return norms
+    far = sums[1].pow(1.0 / norm_type) * 2.0 ** kernels.distance(norm_type)
+    return torch.where(torch.isinf(sums[0]), far, norms)
 
 
 def coefficient_to(norm: Tensor, max_norm: float | Tensor, eps: float) -> Tensor:

@@ -28,8 +28,9 @@ from distclip._arguments import (
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
+from distclip._kernels.looking import look_at_one
 from distclip._loss_scale import LossScale, reciprocal
-from distclip._norms import Norms
+from distclip._norms import LARGEST, Norms
 from distclip._optimizer_step import parameters_of, require_covered, require_fused, take_step
 from distclip._parameter_set import ParameterSet
 from distclip._parameters import Parameters, bare_tensors, freeze_source
@@ -272,7 +273,7 @@ class Clipper:
         if self._parameters.overlap is not None and scaler is not None and loss_scale.inverse is None:
             self._parameters.overlap.forget()  # they have been unscaled
         outcome = self.carry_out(loss_scale.inverse, policy, loss, param_norms=param_norms)
-        grad_scale = _grad_scale(outcome) if self._deferred else None
+        grad_scale = self._grad_scale(outcome) if self._deferred else None
         self._round = _Round(outcome, grad_scale, loss_scale.scaler)
         self._take_steps(self._round, optimizers, update=update)
         self.steps += 1
@@ -581,6 +582,32 @@ class Clipper:
         )
         return f"Clipper({', '.join([_told(self.strategy), *options])}{count}, {self.steps} steps)"
 
+    def _grad_scale(self, outcome: Outcome) -> Tensor:
+        """What a fused optimizer is to divide the gradients by: loss scale / coefficient, [] float32.
+
+        Where float32 does not hold that, the gradients are multiplied here, which costs a pass.
+        """
+        if (
+            outcome.coefficient is None
+            or outcome.coefficient.dim()
+            or outcome.bound is not None
+            or outcome.zero is not None
+        ):
+            raise ValueError(
+                'apply="deferred" needs a strategy with one coefficient for all gradients (GlobalNorm, '
+                'Percentile, ZClip, SkipSpikes) and a policy other than on_nonfinite="zero"'
+            )
+        coefficient = outcome.coefficient if outcome.factor is None else outcome.coefficient * outcome.factor
+        plan, measurement = self._parameters.plan, self._parameters.measurement
+        assert plan is not None
+        assert measurement is not None
+        least = look_at_one(coefficient)
+        if (0 < least < _TINIEST) if least is not None else plan.wide:
+            self._change(outcome, measurement.collect(self._parameters.tensors))
+            return torch.ones_like(coefficient, dtype=torch.float32)
+        divisor = reciprocal(coefficient)
+        return torch.where(coefficient == 0, divisor, divisor.clamp(max=LARGEST))
+
     def _options(self) -> dict[str, Any]:
         """Those that are not as by default."""
         options = {
@@ -643,6 +670,10 @@ class Clipper:
         self._window.close()
         self._window.position = int(state.get("micro_batches", 0))
         self.steps = int(state.get("steps", 0))
+
+
+# Below it a coefficient is no normal float32, and what divides by it is infinite.
+_TINIEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(eq=False)
@@ -731,19 +762,3 @@ def _names(strategy: Strategy) -> list[str]:
 def _first_line_of(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
-
-
-def _grad_scale(outcome: Outcome) -> Tensor:
-    """What a fused optimizer is to divide the gradients by: loss scale / coefficient, [] float32."""
-    if (
-        outcome.coefficient is None
-        or outcome.coefficient.dim()
-        or outcome.bound is not None
-        or outcome.zero is not None
-    ):
-        raise ValueError(
-            'apply="deferred" needs a strategy with one coefficient for all gradients (GlobalNorm, '
-            'Percentile, ZClip, SkipSpikes) and a policy other than on_nonfinite="zero"'
-        )
-    coefficient = outcome.coefficient if outcome.factor is None else outcome.coefficient * outcome.factor
-    return reciprocal(coefficient)

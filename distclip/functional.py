@@ -106,7 +106,7 @@ def total_grad_norm(
     """
     p = require_norm_type(norm_type)
     parameters, tensors, known, _ = _set_of(parameters, p, stages, process_group, "propagate")
-    return known.measure(known.make_current(parameters, tensors))[1].reported_total
+    return _with_exact(known.measure(known.make_current(parameters, tensors))[1])
 
 
 @torch.no_grad()
@@ -163,7 +163,8 @@ def get_total_norm(
     named = [(f"tensors[{i}]", holder) for i, holder in enumerate(holders)]
     norms = known.measure(known.make_current(named, holders))[1]
     unchanged = Scale(torch.ones_like(norms.total), torch.full_like(norms.total, math.inf))
-    return resolve(unchanged, norms, policy).report.total_norm
+    resolve(unchanged, norms, policy)  # raises
+    return _with_exact(norms)
 
 
 @torch.no_grad()
@@ -180,7 +181,8 @@ def clip_grads_with_norm_(
     Args:
         parameters: as for :func:`clip_grad_norm_`; not the gradients.
         max_norm: largest allowed norm, ≥ 0.
-        total_norm: [] of any float dtype, a DTensor too, or a number.
+        total_norm: [] of any float dtype, a DTensor too, or a number. (What float32 does not hold is not
+            lost on the way from :func:`get_total_norm`: the tensor that this returns knows it.)
         foreach: accepted for compatibility; the result does not depend on it.
 
     Raises:
@@ -193,12 +195,11 @@ def clip_grads_with_norm_(
     named = named_parameters(freeze_source(parameters))
     plan = build_plan(named, alone=True)
     gradients = collect(plan, [p.tensor for p in named])
-    norm = torch.as_tensor(plain(total_norm), dtype=torch.float32, device=plan.device)
+    norm = torch.as_tensor(plain(_exact(total_norm)), dtype=torch.float64, device=plan.device)
     if norm.numel() != 1:
         raise ValueError(f"total_norm has shape {tuple(norm.shape)}: expected one number")
-    norm = norm.reshape(())
-    norms = Norms(norm, norm.unsqueeze(0))
-    decision = Scale(scale_to(norm, bound, 1e-6), torch.full_like(norm, bound))
+    norms = Norms.from_power_sums(norm.reshape(1), math.inf, ("total",))
+    decision = Scale(scale_to(norms.total, bound, 1e-6), torch.full_like(norms.total, bound))
     change(resolve(decision, norms, "propagate"), gradients, Slots(("total",), (0,) * len(plan.parameters)))
 
 
@@ -227,6 +228,23 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     for bucket in gradients.buckets:
         kernels.clamp_(bucket.tensors, bound_on(bucket.tensors[0].device, bound))
     gradients.commit()
+
+
+# Where float32 does not hold a norm that is returned, what it is stays with it.
+_EXACT = "_distclip_exact"
+
+
+def _with_exact(norms: Norms) -> Tensor:
+    total = norms.reported_total
+    if norms.exact is not None and not (torch.compiler.is_compiling() or total.is_inference()):
+        setattr(total, _EXACT, (total._version, norms.exact.total))
+    return total
+
+
+def _exact(total: Tensor | float) -> Tensor | float:
+    """What a returned norm is in float64, unless it has been written to since."""
+    version, exact = getattr(total, _EXACT, (None, total))
+    return exact if version is None or (isinstance(total, Tensor) and total._version == version) else total
 
 
 # What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what

@@ -34,7 +34,6 @@ is what one device with the whole batch would do, and what ``distclip.Clipper`` 
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
 from distclip._placement import PlacementReader
-from distclip._single import Single, coefficient_to
+from distclip._single import Single, coefficient_to, norm_from, sums_of
 from distclip._source import begun_to_train, witness_of
 from distclip._synchronisation import is_fsdp2
 from distclip._transfer import bound_on
@@ -219,7 +218,7 @@ class _ByNorm:
     norm_type: float
 
     def __call__(self, gradients: Gradients, single: Single) -> None:
-        norm = single.norm(single.power_sum(gradients, self.norm_type), self.norm_type)
+        norm = single.norm(single.power_sums(gradients, self.norm_type), self.norm_type)
         coefficient = coefficient_to(norm, self.max_norm, _EPS)
         if coefficient.device.type == "cpu" and coefficient.item() == 1:
             return
@@ -229,9 +228,9 @@ class _ByNorm:
     def clip_each(self, tensors: list[Tensor]) -> None:
         """Tensors that this rank holds whole, each by its own norm."""
         if tensors:
-            norms = kernels.power_sums(tensors, self.norm_type, torch.float32)
-            if not math.isinf(self.norm_type):
-                norms = norms.pow(1.0 / self.norm_type)
+            wide = tensors[0].dtype in (torch.float64, torch.complex128)
+            distance = kernels.distance(self.norm_type) if wide else 0
+            norms = norm_from(sums_of(tensors, self.norm_type, distance), self.norm_type)
             kernels.scale_each_(tensors, coefficient_to(norms, self.max_norm, _EPS))
 
 

@@ -51,6 +51,8 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
     given = tensors
     if given[0].is_complex():
         tensors = [torch.view_as_real(t) if norm_type == 2 else _magnitude(t) for t in given]
+        if len({t.dtype for t in tensors}) > 1:  # some magnitudes are too large for float32
+            tensors = [t.double() for t in tensors]
     if (norm_type != 2 and not math.isinf(norm_type)) or (norm_type == 2 and not on_cpu):
         accumulate = torch.float64
     accumulate = torch.promote_types(accumulate, tensors[0].dtype)

@@ -23,7 +23,7 @@ from distclip._parameters import named_parameters
 from distclip._plan import build_plan
 from distclip._reduction import OutdatedPlan, reduce_message
 from distclip._report import ClipReport
-from distclip._single import Single, coefficient_to
+from distclip._single import Single, coefficient_to, norm_from
 from distclip._source import begun_to_train, witness_of
 from distclip._synchronisation import wrappers
 from distclip.hooks import Handle, require_whole
@@ -125,8 +125,10 @@ class InBackward:
         device = self._plan.device
         self._rows = torch.tensor(self._plan.rows, dtype=torch.int64, device=device)
         self._shares = 1.0 / torch.tensor(self._plan.multiplicities, dtype=torch.float64, device=device)
-        self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
-        self._previous = torch.zeros((), dtype=torch.float32, device=device)  # the last finite total norm
+        self._distance = kernels.distance(strategy.norm_type) if self._plan.wide else 0
+        self._lines = 2 if self._distance else 1  # numbers that tell of one gradient
+        self._nothing = torch.zeros(self._lines, dtype=torch.float64, device=device)
+        self._previous = torch.zeros((), dtype=torch.float64, device=device)  # the last finite total norm
         self._begin()
 
         index = {id(p.tensor): i for i, p in enumerate(own)}
@@ -145,13 +147,14 @@ class InBackward:
 
     def _begin(self) -> None:
         n = len(self._singles)
-        # By parameter, this rank's Σ|g|^p (max|g|) as it arrived and as it was stepped with, [1] float64.
+        # By parameter, this rank's Σ|g|^p (max|g|) as it arrived and as it was stepped with, and where there
+        # is a distance, Σ(|g|/2^distance)^p: [lines] float64.
         self._before: list[Tensor | None] = [None] * n
         self._after: list[Tensor | None] = [None] * n
         self._threshold = self._upcoming_threshold()
         self._coefficient: Tensor | None = None
         if isinstance(self.strategy, GlobalNorm):
-            self._coefficient = coefficient_to(self._previous.double(), self._threshold, self.strategy.eps)
+            self._coefficient = coefficient_to(self._previous, self._threshold, self.strategy.eps)
 
     def _upcoming_threshold(self) -> Tensor:
         """[] float32: what the strategy will compare with in this step. Its state stays as it is."""
@@ -176,12 +179,12 @@ class InBackward:
                 "optimizer step: call end_step() after each."
             )
         gradients = single.collect(parameter)
-        local = single.power_sum(gradients, p)
+        local = single.power_sums(gradients, p)
         norm = single.norm(local, p)
         clipped = self._clip(gradients, local, norm)
         finite = torch.isfinite(norm)
-        self._before[i] = local
-        self._after[i] = torch.where(finite, clipped, 0.0)
+        self._before[i] = self._told(local)
+        self._after[i] = self._told(torch.where(finite, clipped, 0.0))
         take_step(self._ordered[i], ~finite, may_skip=True)
         parameter.grad = None
 
@@ -200,14 +203,27 @@ class InBackward:
             for bucket in gradients.buckets:
                 kernels.scale_(bucket.tensors, coefficient)
             gradients.commit()
-        return local * (coefficient if math.isinf(p) else coefficient.double().pow(p))
+        if math.isinf(p):
+            return local * coefficient
+        clipped = local * coefficient.double().pow(p)
+        # What float64 does not hold of a sum it may well hold once that is clipped.
+        clipped[0] = torch.where(
+            torch.isinf(local[0]), (norm_from(local, p) * coefficient).pow(p), clipped[0]
+        )
+        return clipped
+
+    def _told(self, sums: Tensor) -> Tensor:
+        """[lines], from those of a parameter that may have more, or fewer."""
+        if len(sums) < self._lines:
+            return torch.cat([sums, kernels.far_power_sums([], self.strategy.norm_type, sums)])
+        return sums[: self._lines]
 
     @torch.no_grad()
     def end_step(self) -> ClipReport:
         """Close the step that backward has just taken: after every ``backward``, on every rank.
 
-        One all-reduce of two numbers per parameter, none where all ranks hold everything; no host
-        synchronisation.
+        One all-reduce of two numbers per parameter (four where some are float64), none where all ranks hold
+        everything; no host synchronisation.
 
         Raises:
             ValueError: on every rank: parameters were replaced, added or removed, or have begun to train.
@@ -219,14 +235,15 @@ class InBackward:
         """
         plan, p = self._plan, self.strategy.norm_type
         size = len(plan.every)
-        sums = torch.zeros(2, size, dtype=torch.float64, device=plan.device)
+        sums = torch.zeros(2, self._lines, size, dtype=torch.float64, device=plan.device)
         if self._singles:
-            for line, found in zip(sums, (self._before, self._after), strict=True):
-                values = torch.cat([self._nothing if v is None else v.to(plan.device) for v in found])
-                if math.isinf(p):
-                    line.scatter_reduce_(0, self._rows, values, "amax")
-                else:
-                    line.index_add_(0, self._rows, values * self._shares)
+            for lines, found in zip(sums, (self._before, self._after), strict=True):
+                values = [self._nothing if v is None else v.to(plan.device) for v in found]
+                for line, of_line in zip(lines, torch.stack(values, dim=1), strict=True):
+                    if math.isinf(p):
+                        line.scatter_reduce_(0, self._rows, of_line, "amax")
+                    else:
+                        line.index_add_(0, self._rows, of_line * self._shares)
         changed = self._witness.tensors(self._model) is None
         try:
             before, after = reduce_message(sums, p, plan.group_name, outdated=changed)
@@ -239,12 +256,12 @@ class InBackward:
                 "those that are new were neither clipped nor stepped. Call remove(), and make a new "
                 "InBackward."
             )
-        norms = Norms.from_power_sums(before, p, plan.names)
-        clipped_norm = Norms.from_power_sums(after, p, plan.names).reported_total
+        norms = self._norms(before)
+        clipped_norm = self._norms(after).reported_total
         total = norms.reported_total
         nonfinite = ~torch.isfinite(norms.total)
         threshold = self.strategy.decide(norms).threshold  # a schedule moves on, unless this was no step
-        self._previous = torch.where(nonfinite, self._previous, norms.total)
+        self._previous = torch.where(nonfinite, self._previous, norms.exact_total)
         for parameter in self._released:
             parameter.grad = None
         self._begin()
@@ -253,13 +270,18 @@ class InBackward:
             clipped_norm=clipped_norm,
             coefficient=torch.where(clipped_norm == total, 1.0, clipped_norm / total),
             threshold=threshold,
-            clipped=(torch.isfinite(before) & (before != after)).any(),
+            clipped=(torch.isfinite(norms.slots) & (before != after)).any(),
             nonfinite=nonfinite,
-            skipped=(~torch.isfinite(before)).any(),
+            skipped=(~torch.isfinite(norms.slots)).any(),
             norm_type=p,
             _parameter_norms=norms.reported_slots,
             _parameter_names=plan.names,
         )
+
+    def _norms(self, sums: Tensor) -> Norms:
+        far = sums[1] if self._distance else None
+        p = self.strategy.norm_type
+        return Norms.from_power_sums(sums[0], p, self._plan.names, far, self._distance)
 
     def remove(self) -> None:
         """Give the gradients back: from now on backward accumulates them in ``.grad`` and steps nothing."""
@@ -278,7 +300,7 @@ class InBackward:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.strategy.load_state_dict(state["strategy"])
-        self._previous = state["previous_norm"].to(self._plan.device)
+        self._previous = state["previous_norm"].to(self._plan.device, torch.float64)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self._begin()
