@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -215,14 +216,16 @@ def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 class KeepingScaler:
-    """Keeps a scaler from unscaling again what waits for the step of another optimizer.
+    """Keeps a scaler from unscaling again, or by another scale, what waits for the step of another optimizer.
 
-    Accelerate calls ``scaler.update()`` with the step of each optimizer, and the scaler then forgets of all
-    of them that they have been unscaled. Here it forgets that of the others with the next backward pass.
+    Accelerate calls ``scaler.update()`` with the step of each optimizer. The scaler then forgets of all of
+    them that they have been unscaled; here it forgets that of the others with the next backward pass. And its
+    scale may have changed, which is not that of the gradients that are there.
     """
 
     def __init__(self, scaler: Any) -> None:
         self._scaler, self._waiting = scaler, dict[int, Any]()
+        self._before: Tensor | None = None  # the scale of the last backward pass, where updated since
         self._update = scaler.update
         scaler.update = self._update_but_keep
         leave_behind(scaler, "update")
@@ -233,11 +236,24 @@ class KeepingScaler:
     def forget(self) -> None:
         for key in self._waiting:
             self._scaler._per_optimizer_states.pop(key, None)
-        self._waiting = {}
+        self._waiting, self._before = {}, None
+
+    @contextlib.contextmanager
+    def of_gradients(self) -> Iterator[None]:
+        """In here the scale is the one that the gradients were made with."""
+        now = self._scaler._scale
+        if self._before is not None:
+            self._scaler._scale = self._before
+        try:
+            yield
+        finally:
+            self._scaler._scale = now
 
     def _update_but_keep(self, new_scale: Any = None) -> None:
         states = self._scaler._per_optimizer_states
         self._waiting = {key: s for key, s in states.items() if s["stage"] is OptState.UNSCALED}
+        if self._before is None and self._scaler._scale is not None:
+            self._before = self._scaler._scale.clone()
         self._update(new_scale)
         states = self._scaler._per_optimizer_states
         for key, state in self._waiting.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -37,6 +38,7 @@ from distclip.integrations._stepping import (
     StepSkipper,
     holders_of,
     leave_behind,
+    load_if_it_fits,
 )
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.training.unscaling import unscale_
@@ -91,7 +93,8 @@ def install(
       are true, so that a prepared scheduler does not advance. (For a fused optimizer on a GPU the host waits
       for the decision only where these are asked, as a prepared scheduler does in every step.)
     - ``save_state`` writes the strategy's state to a file of its own, which ``load_state`` reads if it is
-      there: a checkpoint goes with and without distclip. Copies and pickles of the accelerator are plain.
+      there: a checkpoint goes with and without distclip, and with another strategy (whose state begins anew;
+      a line in the log says so). Copies and pickles of the accelerator are plain.
 
     To leave out a step, or to unscale, distclip has to know the optimizer: parameters of which no optimizer
     is prepared are an error then. What is no ``torch.optim.Optimizer`` (a wrapper, say) passes through
@@ -223,11 +226,12 @@ class Installed:
         return {"lists": [lst.clipper.state_dict() for lst in self._decided()] + self._loaded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, on any number of ranks, before the first clip or later."""
+        """Continue from :meth:`state_dict`, on any number of ranks, before the first clip or later. What
+        another strategy saved is left out, and a line in the log says so."""
         states = list(state["lists"])
         for lst in self._decided():
             if states:
-                lst.clipper.load_state_dict(states.pop(0))
+                load_if_it_fits(lst.clipper, states.pop(0))
         self._loaded = states
 
     def _save(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
@@ -288,7 +292,7 @@ class Installed:
             return
         lst = self._list(parameters, 2.0)
         owners = self._owners(lst)
-        if self._scaler_in_use:
+        if self.has_scaler:
             self._require_held(lst, owners, skips=False)
         self._unscale(self._scaled(owners), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
@@ -312,14 +316,15 @@ class Installed:
     def _clip(self, lst: _List, policy: OnNonfinite) -> ClipReport:
         """Unscale, measure, decide, change: as ``Clipper.step`` does, up to the optimizer."""
         clipper, owners = lst.clipper, self._owners(lst)
-        if policy == "skip" or self._scaler_in_use:
+        if policy == "skip" or self.has_scaler:
             self._require_held(lst, owners, skips=policy == "skip")
         clipper.begin()
         scaled = self._scaled(owners)
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
             # Unscaling joins the multiplication that clips, found_inf the norm's one reduction.
-            inverse = LossScale.of(self._accelerator.scaler, scaled).inverse
+            with self._scale_of_gradients():
+                inverse = LossScale.of(self._accelerator.scaler, scaled).inverse
         else:
             self._unscale(scaled, lst)
         outcome = clipper.carry_out(inverse, policy, self._loss)
@@ -337,7 +342,7 @@ class Installed:
     def _leave_out(self, lst: _List, report: ClipReport) -> None:
         """What holds these parameters is to skip its next step, if the report says so."""
         # Of prepared optimizers non-finite steps are the scaler's to skip, where there is one.
-        skipped = report.skipped & ~report.nonfinite if self._scaler_in_use else report.skipped
+        skipped = report.skipped & ~report.nonfinite if self.has_scaler else report.skipped
         prepared = set()
         for accelerated in self._accelerator._optimizers:
             optimizer = _unwrapped(accelerated)
@@ -422,7 +427,11 @@ class Installed:
         for optimizer in optimizers:
             if lst is None or not lst.covers(optimizer):
                 lst = self._list([p for group in optimizer.param_groups for p in group["params"]], 2.0)
-            unscale_(self._accelerator.scaler, optimizer, lst.clipper)
+            with self._scale_of_gradients():
+                unscale_(self._accelerator.scaler, optimizer, lst.clipper)
+
+    def _scale_of_gradients(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._scaler is None else self._scaler.of_gradients()
 
     def _owners(self, lst: _List) -> list[torch.optim.Optimizer]:
         """The optimizers that hold some of the parameters."""
@@ -430,7 +439,8 @@ class Installed:
         return [o for o in optimizers if any(id(p) in lst.ids for p in _held_by(o))]
 
     @property
-    def _scaler_in_use(self) -> bool:
+    def has_scaler(self) -> bool:
+        """Whether the loss is scaled, so that the scaler skips what is not finite."""
         a = self._accelerator
         return bool(
             a.native_amp and a.mixed_precision == "fp16" and a.scaler is not None and a.scaler.is_enabled()
@@ -438,7 +448,7 @@ class Installed:
 
     def _scaled(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         """Those whose gradients have not been unscaled yet."""
-        if not self._scaler_in_use:
+        if not self.has_scaler:
             return []
         states = self._accelerator.scaler._per_optimizer_states
         return [o for o in optimizers if states[id(o)]["stage"] is OptState.READY]
@@ -458,7 +468,7 @@ class Installed:
             self._count += 1
             lst = _List(self._count, tensors, models, strategy, self._on_nonfinite, self._options)
             if lst.decided and self._loaded:
-                lst.clipper.load_state_dict(self._loaded.pop(0))
+                load_if_it_fits(lst.clipper, self._loaded.pop(0))
             self._lists[key] = lst
         self._lists.move_to_end(key)
         return self._lists[key]

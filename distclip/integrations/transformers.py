@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,11 @@ def install(
     it is the threshold, as before; with one, the strategy decides.
 
     Beside ``grad_norm`` (of the last step) the logs show ``clip_threshold`` (of the last step, where the
-    strategy has one for all gradients) and ``clip_rate`` (the share of steps since the last log whose
-    gradients were clipped). The strategy's state is saved with the Trainer's checkpoints, in
-    ``trainer_state.json``, and continued by ``train(resume_from_checkpoint=...)``.
+    strategy has one for all gradients, and it is finite), ``clip_rate`` and ``skip_rate`` (the shares of the
+    steps since the last log whose gradients were clipped, and that were skipped, by the loss scaler too).
+    The strategy's state is saved with the Trainer's checkpoints, in ``trainer_state.json``, and continued by
+    ``train(resume_from_checkpoint=...)``. (That of another strategy is left out, and a line in the log says
+    so.)
 
     Args:
         trainer: a ``transformers.Trainer`` or a subclass.
@@ -56,7 +59,7 @@ def install(
         >>> trainer = Trainer(model, TrainingArguments("out", max_grad_norm=1.0), train_dataset=data)
         >>> install(trainer, distclip.ZClip())
         >>> trainer.train()
-        {'loss': '2.91', 'grad_norm': '1.37', 'clip_threshold': '1', 'clip_rate': '0.1', ...}
+        {'grad_norm': '1.37', 'clip_threshold': '1', 'clip_rate': '0.1', 'skip_rate': '0', ...}
     """
     try:
         from transformers import Trainer
@@ -96,7 +99,7 @@ class Installed:
         self.clipping = accelerate.install(trainer.accelerator, strategy, **options)
         self._seen: ClipReport | None = None
         self._steps = 0  # since the last log
-        self._clipped: Tensor | None = None  # [] float32, of those
+        self._flagged: Tensor | None = None  # [2] float32, of those clipped and skipped
         self._log = trainer.log
         trainer.log = self._log_clipping
         # On mixed meshes the Trainer would clip by itself, and not ask its accelerator.
@@ -138,7 +141,7 @@ class Installed:
             # Rank 0 has written it, on its own GPU.
             state = torch.load(io.BytesIO(base64.b64decode(saved)), map_location="cpu", weights_only=True)
             self.clipping.load_state_dict(state)
-        self._steps, self._clipped = 0, None
+        self._steps, self._flagged = 0, None
 
     def observe(self) -> None:
         """Take note of the step that is about to be taken; reads no value."""
@@ -146,8 +149,9 @@ class Installed:
         if report is None:
             return
         self._seen, self._steps = report, self._steps + 1
-        clipped = report.clipped.float()
-        self._clipped = clipped if self._clipped is None else self._clipped + clipped
+        skipped = report.skipped | report.nonfinite if self.clipping.has_scaler else report.skipped
+        flags = torch.stack([report.clipped, skipped]).float()
+        self._flagged = flags if self._flagged is None else self._flagged + flags
 
     def saved(self) -> str:
         """The state as text, for ``trainer_state.json``."""
@@ -156,11 +160,12 @@ class Installed:
         return base64.b64encode(buffer.getvalue()).decode("ascii")
 
     def _log_clipping(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "grad_norm" in logs and self._clipped is not None and self._seen is not None:
-            if self._seen.threshold.dim() == 0:
-                logs["clip_threshold"] = self._seen.threshold.item()
-            logs["clip_rate"] = self._clipped.item() / self._steps
-            self._steps, self._clipped = 0, None
+        if "grad_norm" in logs and self._flagged is not None and self._seen is not None:
+            threshold = self._seen.threshold.item() if self._seen.threshold.dim() == 0 else math.inf
+            if math.isfinite(threshold):  # JSON has no other numbers
+                logs["clip_threshold"] = threshold
+            logs["clip_rate"], logs["skip_rate"] = (self._flagged / self._steps).tolist()
+            self._steps, self._flagged = 0, None
         self._log(logs, *args, **kwargs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class Tokens(Dataset):  # type: ignore[type-arg]
         return {"input_ids": self.pieces[i], "labels": self.pieces[i]}
 
 
-def trainer(where: Path, **kwargs: Any) -> Trainer:
+def trainer(where: Path, kind: type[Trainer] = Trainer, **kwargs: Any) -> Trainer:
     torch.manual_seed(3)
     size = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 128, "n_positions": 16}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -56,7 +58,7 @@ def trainer(where: Path, **kwargs: Any) -> Trainer:
     if "fsdp" in kwargs:
         assert training_arguments.device.type == "cpu"  # which settles that
         pretend_gpus()
-    return Trainer(model, training_arguments, train_dataset=Tokens())
+    return kind(model, training_arguments, train_dataset=Tokens())
 
 
 def logged(t: Trainer, key: str) -> list[float]:
@@ -81,6 +83,7 @@ def side_by_side(where: Path, **kwargs: Any) -> list[float]:
                 assert all(type(norm) is float for norm in norms)
                 assert logged(t, "clip_threshold") == [MAX_NORM] * len(norms)
                 assert logged(t, "clip_rate") == [float(norm > MAX_NORM) for norm in norms]
+                assert logged(t, "skip_rate") == [0.0] * len(norms)
                 assert sum(norm > MAX_NORM for norm in norms) > 2
     assert len(runs[0][0]) == 6
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
@@ -187,7 +190,54 @@ def test_no_clipping_still_logs_the_norm(tmp_path: Path) -> None:
         with install(t):
             t.train()
         assert len(logged(t, "grad_norm")) == 2
-        assert logged(t, "clip_rate") == [0.0, 0.0]
+        assert logged(t, "clip_rate") == logged(t, "skip_rate") == [0.0, 0.0]
+        assert not logged(t, "clip_threshold")  # there is none
+
+
+STRATEGIES = {
+    "no threshold": (None, {"max_grad_norm": 0.0}),
+    "one that is infinite": (None, {"max_grad_norm": math.inf}),
+    "none before there is a history": (lambda: distclip.SkipSpikes(min_history=4), {}),
+    "one for each parameter": (lambda: distclip.AdaGC(warmup=1), {}),
+    "by value": (lambda: distclip.Value(1e-3), {}),
+}
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_what_is_written_is_json(tmp_path: Path, kind: str) -> None:
+    """Without ``Infinity`` and ``NaN``, which other programs do not read."""
+    make, options = STRATEGIES[kind]
+    with environment(False):
+        t = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, **options)
+        install(t, make() if make else None)
+        t.train()
+    written = (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()
+    state = json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} in {written}"))
+    assert [key for key in state["log_history"][0] if key.startswith("clip")]
+
+
+class Failing(Trainer):
+    """Whose third and fourth losses are NaN."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * (math.nan if self.state.global_step in (2, 3) else 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_are_skipped_are_seen(tmp_path: Path, fused: bool) -> None:
+    options = {"lr_scheduler_type": "linear", "optim": "adamw_torch_fused" if fused else "adamw_torch"}
+    with environment(False):
+        t = trainer(tmp_path, kind=Failing, **options)
+        with install(t, distclip.GlobalNorm(MAX_NORM)):
+            t.train()
+        assert logged(t, "skip_rate") == [0, 0, 1, 1, 0, 0]
+        rates = logged(t, "learning_rate")
+        assert rates[2] == rates[3] == rates[4] > rates[5]  # each is that of before its step's decay
+        assert all(bool(p.isfinite().all()) for p in t.model.parameters())
+        t = trainer(tmp_path, kind=Failing, logging_steps=3, **options)
+        with install(t, distclip.GlobalNorm(MAX_NORM)):
+            t.train()
+        assert logged(t, "skip_rate") == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_the_trainer_does_not_clip_mixed_meshes_by_itself(tmp_path: Path) -> None:
