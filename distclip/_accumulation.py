@@ -93,10 +93,10 @@ class Window:
         if micro.began:
             self.broken = True
             logger.warning(
-                "rank %d: the backward pass of micro-batch %d of %d raised before its end, and .grad may hold "
-                "a part of its gradients. This rank's gradients become NaN with the last micro-batch of the "
-                "window, so that no rank takes a step with them (see on_nonfinite), unless "
-                "optimizer.zero_grad() is called before the next one.", _rank(), self.position, self.steps,
+                "rank %d: the backward pass of micro-batch %d of %d raised before its end, and .grad may "
+                "hold a part of its gradients. They become NaN with the last micro-batch of the window, so "
+                "that no rank takes a step with them (see on_nonfinite), unless optimizer.zero_grad() is "
+                "called before the next one.", _rank(), self.position, self.steps,
             )  # fmt: skip
         if self.last:
             self.position -= 1
@@ -126,8 +126,9 @@ class Window:
         """
         if self.broken:
             raise ValueError(
-                "the backward pass of the last micro-batch raised before its end, and .grad may hold a part of "
-                "its gradients: call optimizer.zero_grad(), and begin the window anew"
+                "the backward pass of the last micro-batch raised before its end, and .grad may hold a part "
+                "of its gradients: call optimizer.zero_grad() instead, and go on with the next micro-batch, "
+                "which takes its place"
             )
         if not self.last:
             raise ValueError(

@@ -275,11 +275,11 @@ class Clipper:
         Until the last micro-batch of a window gradients are not synchronised (``no_sync`` of DDP and FSDP1,
         ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``.
 
-        A block that raises, or leaves its backward pass out, has its place in the window and does not count:
-        the window is the mean over the others, on each rank over its own. (Where it was the last, the next one
-        takes its place; where only some ranks leave it, the others wait for them in DDP or FSDP.) Where its
-        backward pass was under way, ``.grad`` may hold a part of it. Then this rank's gradients become NaN, so
-        that ``on_nonfinite`` decides on every rank, and a line in the log says so, unless
+        A block that raises, or leaves its backward pass out, keeps its place in the window and does not
+        count: the window is the mean over the others, on each rank over its own. (Where it was the last, the
+        next one takes its place; if that is so on some ranks only, the others wait for them in DDP or FSDP.)
+        Where its backward pass was under way, ``.grad`` may hold a part of it: then this rank's gradients
+        become NaN, so that ``on_nonfinite`` decides on every rank, and a line in the log says so; unless
         ``optimizer.zero_grad()`` is called before the next block.
 
         Args:
