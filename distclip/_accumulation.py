@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
@@ -21,11 +23,18 @@ Weight: TypeAlias = float | Tensor
 class Window:
     """Where in its window of micro-batches a clipper stands.
 
+    Its clock is the number of ``with`` blocks, which the program makes alike on all ranks, whichever of them
+    raise on some ranks only: by it they decide when to synchronise. What each rank has to show for its blocks
+    is settled by itself, before that (:meth:`make_up`), so that no rank needs to know of another's.
+
     Attributes:
         steps: micro-batches in a whole window.
-        position: micro-batches of this window begun so far, also before a restart.
-        backwards: those of them begun since then, whose gradients are really there.
-        last: whether the micro-batch begun last is the last of the window.
+        position: blocks of this window begun so far, also before a restart.
+        begun: those of them since then.
+        done: those of them whose gradients are there on this rank.
+        last: whether the block begun last is the last of the window.
+        failed: whether one of them raised, or is known to have left its backward pass out.
+        broken: whether ``.grad`` holds a part of the gradients of one that raised within its backward pass.
         weights: Σ of the weights of this rank's micro-batches, float64; None while there are none.
         weighted: whether its micro-batches have weights; None while no backward pass tells.
         current: the micro-batch that is going on.
@@ -34,16 +43,21 @@ class Window:
 
     steps: int = 1
     position: int = 0
-    backwards: int = 0
+    begun: int = 0
+    done: int = 0
     last: bool = True
+    failed: bool = False
+    broken: bool = False
     weights: Weight | None = None
     weighted: bool | None = None
     current: MicroBatch | None = field(default=None, repr=False)
     staged: bool = False
-    _before: tuple[int, int, int, bool] = field(default=(1, 0, 0, True), repr=False)
 
-    def begin(self, steps: int, last: bool) -> MicroBatch:
+    def begin(self, steps: int, last: bool, own_gradients: Callable[[], list[Tensor]]) -> MicroBatch:
         """
+        Args:
+            own_gradients: what this rank has accumulated and not synchronised.
+
         Raises:
             ValueError: inside another micro-batch, or ``steps`` changes within a window. So on every rank.
         """
@@ -52,41 +66,70 @@ class Window:
                 "clipper.accumulate() inside clipper.accumulate(): each micro-batch is one `with` block of "
                 "its own. Leave the inner one out, or accumulate over the product of both numbers."
             )
-        if self.backwards and self.last:  # complete, and never used: step() raised, say
+        if self.begun and self.last:  # complete, and never used: step() raised, say
             self.close()
-        if self.backwards and steps != self.steps:
+        if self.begun and steps != self.steps:
             raise ValueError(f"{steps=}: this window of {self.steps} micro-batches is not complete")
-        self._before = (self.steps, self.position, self.backwards, self.last)
+        if self.failed and not own_gradients():  # whoever caught it has called zero_grad()
+            self.done, self.weights, self.broken = 0, None, False
         self.steps = steps
         self.position += 1
-        self.backwards += 1
+        self.begun += 1
         self.last = last or self.position >= steps
-        self.current = MicroBatch(self)
+        self.current = MicroBatch(self, own_gradients)
         return self.current
 
-    def end(self) -> None:
-        self.current = None
-
-    def abandon(self) -> None:
-        """The micro-batch raised: it does not count."""
+    def end(self, *, raised: bool) -> None:
+        """The block is over. Without gradients of its own it does not count, and where it was to synchronise
+        the next one takes its place."""
         micro, self.current = self.current, None
         assert micro is not None
-        if micro.done:  # its gradients are there: it counts, whatever came after
+        if micro.done:  # its gradients are there, whatever came after
+            self.done += 1
             return
+        if not (raised or micro.began or self.done):
+            return  # gradients may have come by another way
+        self.failed = True
         if micro.began:
+            self.broken = True
             logger.warning(
-                "the backward pass of micro-batch %d of %d raised before its end: the micro-batch is not "
-                "counted, but .grad may hold a part of its gradients. Call optimizer.zero_grad() and begin "
-                "the window anew, unless that part is welcome.", self.position, self.steps,
+                "rank %d: the backward pass of micro-batch %d of %d raised before its end, and .grad may "
+                "hold a part of its gradients. They become NaN with the last micro-batch of the window, so "
+                "that no rank takes a step with them (see on_nonfinite), unless optimizer.zero_grad() is "
+                "called before the next one.", _rank(), self.position, self.steps,
             )  # fmt: skip
+        if self.last:
+            self.position -= 1
+            self.begun -= 1
+            self.last = not (self.begun or self.broken)
         micro.complete = False
-        self.steps, self.position, self.backwards, self.last = self._before
+
+    def make_up(self, own_gradients: Callable[[], list[Tensor]]) -> float:
+        """Before the last backward pass of a window, on this rank alone: what it is to be multiplied by, so
+        that the sum over ``begun`` micro-batches becomes ``begun`` times the mean over those whose gradients
+        are there. The others' are multiplied here."""
+        if self.broken:
+            self.broken = False
+            return math.nan
+        factor = self.begun / (self.done + 1)
+        if self.weighted or factor == 1:
+            return 1.0
+        with torch.no_grad():
+            for gradient in own_gradients():
+                gradient.mul_(factor)
+        return factor
 
     def require_complete(self) -> None:
         """
         Raises:
             ValueError: more micro-batches are to come. So on every rank.
         """
+        if self.broken:
+            raise ValueError(
+                "the backward pass of the last micro-batch raised before its end, and .grad may hold a part "
+                "of its gradients: call optimizer.zero_grad() instead, and go on with the next micro-batch, "
+                "which takes its place"
+            )
         if not self.last:
             raise ValueError(
                 f"micro-batch {self.position} of {self.steps}: gradients are not synchronised before the "
@@ -119,9 +162,9 @@ class Window:
     @property
     def missing(self) -> float:
         """What an average over fewer micro-batches than ``steps`` has to be multiplied by."""
-        if not self.backwards or self.weighted:
+        if not self.begun or self.weighted:
             return 1.0
-        return self.steps / self.backwards
+        return self.steps / self.begun
 
     def weight_on(self, device: torch.device) -> Tensor | None:
         """[1] float64, a new tensor: Σ of this rank's weights, or None where micro-batches have none."""
@@ -132,8 +175,9 @@ class Window:
         return torch.full((1,), self.weights, dtype=torch.float64, device=device)
 
     def close(self) -> None:
-        self.position = self.backwards = 0
+        self.position = self.begun = self.done = 0
         self.last = True
+        self.failed = self.broken = False
         self.weights = self.weighted = None
 
 
@@ -144,8 +188,8 @@ class MicroBatch:
         complete: whether it is the last of its window, after which to call ``clipper.step()``.
     """
 
-    def __init__(self, window: Window) -> None:
-        self._window = window
+    def __init__(self, window: Window, own_gradients: Callable[[], list[Tensor]]) -> None:
+        self._window, self._own_gradients = window, own_gradients
         self._steps = window.steps
         self.complete = window.last
         self.began = self.done = False  # its backward pass
@@ -209,6 +253,8 @@ class MicroBatch:
         else:
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
             loss = loss * (exact.to(loss.device, loss.dtype) if isinstance(exact, Tensor) else exact)
+        if window.last and (factor := window.make_up(self._own_gradients)) != 1:
+            loss = loss * factor
         self.began = True
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         self.done = True
@@ -233,3 +279,7 @@ def _as_weight(weight: Weight) -> Weight:
     if not 0 <= number < math.inf:
         raise ValueError(f"{weight=}: expected a finite number that is not negative")
     return number
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

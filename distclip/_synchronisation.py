@@ -110,6 +110,21 @@ class Synchronisation:
                     stack.enter_context(no_sync())
             yield
 
+    def own_gradients(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What this rank has accumulated of the gradients of ``tensors`` and, where they are synchronised at
+        all, not synchronised yet, in tensors to be changed in place."""
+        sharded = [p for group in self._groups for p in group.fsdp_params]
+        elsewhere = {id(p.sharded_param) for p in sharded} | {
+            id(t) for module in self._fsdp1 for t in module.parameters()
+        }
+        found = [t.grad for t in tensors if id(t) not in elsewhere]
+        for p in sharded:
+            unsharded = getattr(p, "_unsharded_param", None)
+            found += [None if unsharded is None else unsharded.grad, p.unsharded_accumulated_grad]
+        for module in self._fsdp1:
+            found += [h.flat_param.grad for h in _handles(module) if h.flat_param is not None]
+        return list({id(g): g for g in found if g is not None}.values())
+
     def was_off(self, tensors: Sequence[Tensor]) -> str | None:
         """``"DDP"``, ``"FSDP1"`` or ``"FSDP2"`` if its gradients may not be synchronised, else None.
 
@@ -131,6 +146,12 @@ class Synchronisation:
         if any(not m._sync_gradients for m in self._fsdp1):
             return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
+
+
+def _handles(module: Any) -> Iterator[Any]:
+    for wrapped in module.fsdp_modules(module):
+        if wrapped._handle is not None:
+            yield wrapped._handle
 
 
 def _accumulated(parameter: Any) -> bool:

@@ -286,9 +286,14 @@ class Clipper:
         """Around the forward and backward pass of one micro-batch of ``steps`` that make one step.
 
         Until the last micro-batch of a window gradients are not synchronised (``no_sync`` of DDP and FSDP1,
-        ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``. A
-        micro-batch that raises does not count, unless its backward pass was done; where that was under way,
-        ``.grad`` may hold a part of it, and a line in the log says so.
+        ``set_requires_gradient_sync`` of FSDP2). Where a window stands is saved in ``state_dict()``.
+
+        A block that raises, or leaves its backward pass out, keeps its place in the window and does not
+        count: the window is the mean over the others, on each rank over its own. (Where it was the last, the
+        next one takes its place; if that is so on some ranks only, the others wait for them in DDP or FSDP.)
+        Where its backward pass was under way, ``.grad`` may hold a part of it: then this rank's gradients
+        become NaN, so that ``on_nonfinite`` decides on every rank, and a line in the log says so; unless
+        ``optimizer.zero_grad()`` is called before the next block.
 
         Args:
             steps: micro-batches in a window, ≥ 1.
@@ -310,7 +315,7 @@ class Clipper:
             ...         clipper.step(optimizer, scaler)
             ...         optimizer.zero_grad()
         """
-        micro = self._window.begin(as_count(steps), last)
+        micro = self._window.begin(as_count(steps), last, self._own_gradients)
         before = None if "backward" in self._said else Used(self._bare())
         try:
             with contextlib.ExitStack() as stack:
@@ -318,12 +323,13 @@ class Clipper:
                     stack.enter_context(self._synchronisation_of_source.off())
                 yield micro
         except BaseException:
-            self._window.abandon()
+            self._window.end(raised=True)
             raise
-        self._window.end()
+        self._window.end(raised=False)
         if micro.began:
             self._said.add("backward")
         elif before is not None and not before.unchanged():
+            self._window.done += 1
             self._said.add("backward")
             warn_alike(
                 "gradients came within clipper.accumulate() and not from micro.backward(loss), so the window "
@@ -523,6 +529,9 @@ class Clipper:
         modules that synchronise the gradients, where the parameters do not bring them."""
         self._source = parameters
         self._parameters.watch(modules)
+
+    def _own_gradients(self) -> list[Tensor]:
+        return self._synchronisation_of_source.own_gradients(self._bare())
 
     @property
     def _synchronisation_of_source(self) -> Synchronisation:
