@@ -82,9 +82,8 @@ class _Companion:
         if module is None or copy is None:
             return None
         _of_modules[copy] = dict(_of_modules.get(module, {}))
-        twin = _Companion(copy)
-        twin.shapes |= self.shapes
-        return twin
+        self.shapes.clear()  # one of the two may well go before any clip
+        return _Companion(copy)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         module = self._module()

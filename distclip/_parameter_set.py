@@ -149,7 +149,10 @@ class ParameterSet:
         if self.plan is None or not self._lives_on():
             return None
         if tensors is None or self._read is None or self._read.declared.made != _declarations.made:
-            read = _Read(parameters)
+            try:
+                read = _Read(parameters)
+            except (ValueError, TypeError):
+                return None  # it is raised together with the others, who may not know of it
             if self._read is None or not read.same_as(self._read):
                 return None
             tensors = self._take(parameters, read)

@@ -241,7 +241,9 @@ def _parts_of_wrappers() -> dict[int, list[tuple[list[str], bool]]]:
     for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
         for attribute in _WRAPPERS.keys() & vars(module).get("_modules", {}).keys():
             is_hidden, child = _hides(module, attribute), module._modules[attribute]
-            for name, tensor in child.named_parameters(remove_duplicate=False) if child else ():
+            if child is None:
+                continue
+            for name, tensor in child.named_parameters(remove_duplicate=False):
                 found.setdefault(id(tensor), []).append(([attribute, *name.split(".")], is_hidden))
     return found
 

@@ -85,6 +85,7 @@ def find_scope(
             )
         return Scope((dist.get_rank(),))
     homes = _distinct([home for p in placements if (home := p.home or p.within) is not None])
+    homes = _distinct([*homes, *(home for p in placements for home in _declared_homes(p))])
     if any(p.shards or p.partial or p.tied for p in placements if p.mesh is None and p.home is None):
         # Declared over a group of their own: DDP's is only the one that copies are averaged over.
         homes = [home for home in homes if home not in {p.within for p in placements}]
@@ -105,6 +106,16 @@ def find_scope(
             "the ranks that hold this model"
         )
     return _same_on_all(Scope(scope.ranks, scope.group_name, axis if axis.size > 1 else None))
+
+
+def _declared_homes(placement: Placement) -> list[Home]:
+    """What has a home may be declared to have parts outside of it too."""
+    inside = set(placement.home.ranks) if placement.home is not None else None
+    return [
+        Home(tuple(sorted(axis.ranks)), axis.group_name)
+        for axis in (*placement.shards, *placement.partial)
+        if inside is not None and not set(axis.ranks) <= inside
+    ]
 
 
 def _home_scope(
