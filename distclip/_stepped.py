@@ -39,14 +39,16 @@ class Used:
         gradients = list(map(_gradient, self._parameters))
         self._first = next((i for i, g in enumerate(gradients) if g is not None), None)
         self.any = self._first is not None
-        self._witness = None if self._first is None else weakref.ref(gradients[self._first])
+        first = None if self._first is None else gradients[self._first]
+        # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
+        self._witness = None if first is None else weakref.ref(_local(first))
         self._versions = _versions(gradients)
 
     def unchanged(self) -> bool:
         """Whether they are still those. (Not seen: CUDA graphs and ``.data``, which leave no version.)"""
         if self._first is not None and self._witness is not None:
             gradient = self._parameters[self._first].grad
-            if gradient is None or self._witness() is not gradient:
+            if gradient is None or self._witness() is not _local(gradient):
                 return False
         now = _versions(list(map(_gradient, self._parameters)))
         return now is not None and now == self._versions

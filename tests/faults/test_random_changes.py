@@ -300,7 +300,7 @@ class Round:
     def _gradients(self, listed: list[tuple[str, Tensor]]) -> bool:
         """Whether they are this rank's own, because they were not synchronised."""
         rng, world = self.rng, self.world
-        everything = {id(p): (name, p) for name, p in listed} | {id(p): (n, p) for n, p in world.named()}
+        everything = {id(p): (n, p) for n, p in world.named()} | {id(p): (name, p) for name, p in listed}
         seed, scale = rng.randrange(1 << 20), rng.choice([0.01, 1.0, 1.0, 30.0])
         apart = rng.random() < 0.06
         without = rng.random() < 0.15

@@ -70,6 +70,7 @@ class World:
     mesh: Any = None
     ep: Any = None
     keep: list[Any] = field(default_factory=list)
+    _ever_own: list[tuple[Tensor, int]] = field(default_factory=list)  # which lists may hold on
 
     def nets(self) -> list[Any]:
         """The models without their wrappers."""
@@ -90,10 +91,9 @@ class World:
         elif self.flat is not None:
             piece = (self.flat,)
         for item, coordinate in self.own:
-            inside = [item] if isinstance(item, Tensor) else item.parameters()
-            if any(p is tensor for p in inside):
-                return (*piece, coordinate)
-        return piece
+            inside = [item] if isinstance(item, Tensor) else list(item.parameters())
+            self._ever_own += [(p, coordinate) for p in inside if all(p is not known for known, _ in self._ever_own)]
+        return (*piece, *(c for p, c in self._ever_own if p is tensor))
 
     def fill(self, tensors: list[tuple[str, Tensor]], seed: int, scale: float) -> None:
         """Gradients from a seed: copies get the same, other pieces others."""
