@@ -293,7 +293,7 @@ def _factors(tensor: Tensor, coefficients: Tensor) -> list[Tensor]:
     smallest = look(torch.where(small, coefficients, 1.0).amin())
     if smallest is None or smallest[0] == 1:
         return [coefficients.float()]
-    lift = torch.where(small, _LIFT, 1.0)
+    lift = torch.ones_like(coefficients).masked_fill_(small, _LIFT)
     return [(coefficients * lift).float(), lift.reciprocal().float()]
 
 
