@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -338,7 +339,6 @@ def _set_like(
     """What is known of gradients that lie like these: they are other tensors in every step."""
     lies = (
         (
-            type(t),
             t.shape,
             t.dtype,
             t.device.type,
@@ -349,11 +349,14 @@ def _set_like(
     key = (norm_type, _name_of(process_group, "process_group"), *lies)
     sets = _alike.sets
     known = sets.get(key)
-    if known is None:
-        known = sets[key] = ParameterSet(AsCalled(norm_type), keep=False, options={"norm_type": norm_type})
-        if len(sets) > _MOST_ALIKE:
-            sets.popitem(last=False)
-    sets.move_to_end(key)
+    if known is None or any(isinstance(t, FakeTensor) for t in gradients):
+        known = ParameterSet(AsCalled(norm_type), keep=False, options={"norm_type": norm_type})
+        if not any(isinstance(t, FakeTensor) for t in gradients):  # nothing of a fake mode outlives it
+            sets[key] = known
+            if len(sets) > _MOST_ALIKE:
+                sets.popitem(last=False)
+    if key in sets:
+        sets.move_to_end(key)
     known.groups = None, process_group
     return known
 
