@@ -269,5 +269,5 @@ def _median(latest: list[tuple[float, float, bool]]) -> float:
 
 
 def _suggested(latest: deque[tuple[float, float, bool]] | list[tuple[float, float, bool]]) -> float:
-    norms = torch.tensor([norm for norm, _, _ in latest], dtype=torch.float64)
+    norms = torch.tensor([norm for norm, _, _ in latest], dtype=torch.float64, device="cpu")
     return suggest_max_norm(norms) if bool((norms > 0).any()) else 0.0

@@ -232,7 +232,13 @@ def _require_measurable(local: Tensor, gradient: Tensor, placement: Placement, n
 
 def _sparse_like(sparse: Tensor, values: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(
-        sparse._indices(), values, sparse.shape, is_coalesced=True, check_invariants=False
+        sparse._indices(),
+        values,
+        sparse.shape,
+        dtype=values.dtype,
+        device=values.device,
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 

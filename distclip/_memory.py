@@ -31,8 +31,9 @@ def is_bare(tensor: Tensor) -> bool:
 
 
 def has_memory(kind: type[Tensor]) -> bool:
-    """Whether tensors of this class are not wrappers of others, which only their own operators look into."""
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    """Whether tensors of this class are not wrappers of others, which only their own operators look into.
+    (Fake ones count as what they stand for.)"""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(kind, FakeTensor)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def take_step(
     possible at all (``may_skip``).
     """
     fused = is_fused(optimizer)
+    if type(skipped) is not Tensor and not fused:  # in a fake mode nothing is to be known, nor skipped
+        may_skip = False
     if may_skip and (not fused or _lacks_momentum(optimizer)) and skipped.item():
         return
     if not fused:

@@ -319,7 +319,7 @@ def _all_names(
     names: Sequence[str], offset: int, total: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[str, ...]:
     """The names of the parameters of all stages, as bytes of a fixed length (the end of longer ones)."""
-    table = torch.zeros(total, _NAME_BYTES, dtype=torch.uint8)
+    table = torch.zeros(total, _NAME_BYTES, dtype=torch.uint8, device="cpu")
     for row, name in enumerate(names, start=offset):
         text = name.encode()[-_NAME_BYTES:]
         table[row, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

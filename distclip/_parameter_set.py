@@ -265,7 +265,8 @@ class ParameterSet:
     def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
-        with torch.inference_mode(False), torch.no_grad():
+        # torch's own functions make numbers on the default device, which may be one without memory.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             named: list[NamedParameter] = []
             read, complaint = None, None
             try:

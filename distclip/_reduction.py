@@ -71,7 +71,7 @@ def reduce_message(
 
 def _news(outdated: bool, like: Tensor) -> Tensor:
     """[2]: outdated, current."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
         return torch.stack([like.new_zeros(()), like.new_ones(())])
     return _kept_news(outdated, like.device)
 

@@ -27,6 +27,12 @@ LIVING: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every clipper there is."""
 
 
+def living() -> list[Any]:
+    """These, while other threads may make some."""
+    refs = list(LIVING.data)  # type: ignore[attr-defined]  # in one go, as iterating over LIVING is not
+    return [clipper for ref in refs if (clipper := ref()) is not None]
+
+
 class Used:
     """The gradients of some parameters as they were at one moment, of which it keeps none alive.
 

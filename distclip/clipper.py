@@ -39,7 +39,7 @@ from distclip._reduction import local_loss
 from distclip._report import ClipReport
 from distclip._sharing import Usage, claim, count_use
 from distclip._source import witness_of
-from distclip._stepped import LIVING, AfterStep, StepGuard, Used
+from distclip._stepped import LIVING, AfterStep, StepGuard, Used, living
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
@@ -509,7 +509,7 @@ class Clipper:
         for each in optimizers:
             self._guard.taken(each, list(parameters_of(each)))
         if scaler is not None and update and not scaler._per_optimizer_states:
-            others = [(c, Used(c._bare())) for c in list(LIVING) if c is not self]
+            others = [(c, Used(c._bare())) for c in living() if c is not self]
             states: Any = scaler._per_optimizer_states
             scaler._per_optimizer_states = AfterStep(states.default_factory, self._guard, optimizers, others)
         round_.add(optimizers, self._suitable.rest if self._suitable else [])

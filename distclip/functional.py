@@ -3,7 +3,9 @@ over ranks in any way."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -78,14 +81,16 @@ def clip_grad_norm_(
     """
     bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
-    parameters, tensors, known, strategy = _set_of(parameters, p, stages, process_group, policy)
-    strategy.bound = bound
-    gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
-    outcome = resolve(strategy.decide(norms), norms, policy)
-    assert gradients is not None
-    assert known.measurement is not None
-    change(outcome, gradients, known.measurement.slots)
-    return outcome.report.total_norm
+    parameters, tensors, entry = _known_of(parameters, p, stages, process_group, policy)
+    with entry.alone():
+        known, strategy = entry.for_call(stages, process_group)
+        strategy.bound = bound
+        gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
+        outcome = resolve(strategy.decide(norms), norms, policy)
+        assert gradients is not None
+        assert known.measurement is not None
+        change(outcome, gradients, known.measurement.slots)
+        return outcome.report.total_norm
 
 
 @torch.no_grad()
@@ -105,8 +110,10 @@ def total_grad_norm(
         >>> norm = distclip.total_grad_norm(model)
     """
     p = require_norm_type(norm_type)
-    parameters, tensors, known, _ = _set_of(parameters, p, stages, process_group, "propagate")
-    return _with_exact(known.measure(known.make_current(parameters, tensors))[1])
+    parameters, tensors, entry = _known_of(parameters, p, stages, process_group, "propagate")
+    with entry.alone():
+        known, _ = entry.for_call(stages, process_group)
+        return _with_exact(known.measure(known.make_current(parameters, tensors))[1])
 
 
 @torch.no_grad()
@@ -253,7 +260,7 @@ def _exact(total: Tensor | float) -> Tensor | float:
 # is planned anew depends only on which lists are passed: the caller's program, the same on every rank.
 _known: dict[tuple[Any, ...], _Entry] = {}
 _order: OrderedDict[int, _Entry] = OrderedDict()  # by number, the latest last
-_lock = threading.Lock()
+_lock = threading.Lock()  # for these two
 _numbers = count()
 _MOST_KNOWN = 200_000  # tensors, over all lists
 
@@ -267,6 +274,7 @@ class _Entry:
 
     def __init__(self, key: tuple[Any, ...], tensors: list[Tensor], norm_type: float, policy: str) -> None:
         self.number, self.key, self.size = next(_numbers), key, len(tensors)
+        self._lock = threading.RLock()
         self.strategy = AsCalled(norm_type)
         options = {"norm_type": norm_type, "on_nonfinite": policy}
         self.parameters: ParameterSet | None = ParameterSet(self.strategy, keep=False, options=options)
@@ -278,14 +286,28 @@ class _Entry:
 
         self._lives = [weakref.ref(life_of(t), end) for t in tensors if isinstance(t, Tensor)]
 
+    def alone(self) -> contextlib.AbstractContextManager[object]:
+        """Around a call: another thread may measure the same parameters."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
 
-def _set_of(
+    def for_call(
+        self,
+        stages: dist.ProcessGroup | DeviceMesh | None,
+        process_group: dist.ProcessGroup | DeviceMesh | None,
+    ) -> tuple[ParameterSet, AsCalled]:
+        known = self.parameters
+        assert known is not None  # the caller holds its tensors
+        known.groups = stages, process_group
+        return known, self.strategy
+
+
+def _known_of(
     parameters: Parameters,
     norm_type: float,
     stages: dist.ProcessGroup | DeviceMesh | None,
     process_group: dist.ProcessGroup | DeviceMesh | None,
     policy: str,
-) -> tuple[Parameters, list[Tensor], ParameterSet, AsCalled]:
+) -> tuple[Parameters, list[Tensor], _Entry]:
     parameters = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
     tensors = bare_tensors(parameters)
     asked = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"))
@@ -302,12 +324,9 @@ def _set_of(
                         del _known[oldest.key]
             if entry.number in _order:
                 _order.move_to_end(entry.number)
-    known = entry.parameters
-    assert known is not None  # the caller holds its tensors
-    if not torch.compiler.is_compiling():
-        _note_source(parameters, asked, known)
-    known.groups = stages, process_group
-    return parameters, tensors, known, entry.strategy
+    if entry.parameters is not None and not torch.compiler.is_compiling():
+        _note_source(parameters, asked, entry.parameters)
+    return parameters, tensors, entry
 
 
 # By the module or optimizer (the first, of several modules) that a list was last read from, and by what was
@@ -340,7 +359,14 @@ def _note_source(parameters: Parameters, asked: tuple[Any, ...], known: Paramete
     latest[asked] = [weakref.ref(part) for part in others], known
 
 
-_alike: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()  # by how gradients lie, the latest last
+class _Alike(threading.local):
+    """What this thread knows of gradients, by how they lie, the latest last."""
+
+    def __init__(self) -> None:
+        self.sets: OrderedDict[tuple[Any, ...], ParameterSet] = OrderedDict()
+
+
+_alike = _Alike()
 _MOST_ALIKE = 64
 
 
@@ -349,22 +375,40 @@ def _set_like(
 ) -> ParameterSet:
     """What is known of gradients that lie like these: they are other tensors in every step."""
     lies = (
-        (t.shape, t.dtype, t.device.type, (t.device_mesh, t.placements) if isinstance(t, DTensor) else None)
+        (
+            t.shape,
+            t.dtype,
+            t.device.type,
+            (t.device_mesh, t.placements) if isinstance(t, DTensor) else None,
+        )
         for t in gradients
     )
     key = (norm_type, _name_of(process_group, "process_group"), *lies)
-    with _lock:
-        known = _alike.get(key)
-        if known is None:
-            known = _alike[key] = ParameterSet(
-                AsCalled(norm_type), keep=False, options={"norm_type": norm_type}
-            )
-            if len(_alike) > _MOST_ALIKE:
-                _alike.popitem(last=False)
-        _alike.move_to_end(key)
+    sets = _alike.sets
+    known = sets.get(key)
+    if known is None or any(isinstance(t, FakeTensor) for t in gradients):
+        known = ParameterSet(AsCalled(norm_type), keep=False, options={"norm_type": norm_type})
+        if not any(isinstance(t, FakeTensor) for t in gradients):  # nothing of a fake mode outlives it
+            sets[key] = known
+            if len(sets) > _MOST_ALIKE:
+                sets.popitem(last=False)
+    if key in sets:
+        sets.move_to_end(key)
     known.groups = None, process_group
     return known
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None, argument: str) -> str | None:
     return None if group is None else Axis.along(group, argument).group_name
+
+
+def _forget() -> None:
+    """In a process that has been forked, perhaps while another thread held the locks."""
+    global _lock
+    _lock = threading.Lock()
+    _known.clear()
+    _order.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -135,7 +135,7 @@ def _cpu_sums_of_squares(tensors: list[Tensor]) -> Tensor:
         tensors = list(map(_flat, tensors))
     shapes = tuple([t.shape for t in tensors])
     # The memory that rows are measured into is kept, for each thread its own.
-    kept = sum(map(Tensor.numel, tensors)) <= _KEPT
+    kept = sum(map(Tensor.numel, tensors)) <= _KEPT and type(tensors[0]) is Tensor  # no fake one
     rows = _rows_of(shapes, get_ident()) if kept else _cut(shapes)
     for block in rows.blocks:
         _measure(block, [tensors[i] for i in block.members])
@@ -293,7 +293,7 @@ def _factors(tensor: Tensor, coefficients: Tensor) -> list[Tensor]:
     smallest = look(torch.where(small, coefficients, 1.0).amin())
     if smallest is None or smallest[0] == 1:
         return [coefficients.float()]
-    lift = torch.where(small, _LIFT, 1.0)
+    lift = torch.ones_like(coefficients).masked_fill_(small, _LIFT)
     return [(coefficients * lift).float(), lift.reciprocal().float()]
 
 

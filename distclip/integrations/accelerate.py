@@ -275,7 +275,7 @@ class Installed:
     def _clip_grad_norm(self, parameters: Parameters, max_norm: float, norm_type: float | str = 2) -> Tensor:
         bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
         if not self._accelerator.sync_gradients:
-            return torch.full((), math.nan, device=self._accelerator.device)
+            return torch.full((), math.nan, dtype=torch.float32, device=self._accelerator.device)
         decided = self._strategy is not None and not math.isinf(bound)
         lst = self._list(parameters, None if decided else p)
         if isinstance(lst.clipper.strategy, AsCalled):
