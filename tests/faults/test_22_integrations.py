@@ -151,8 +151,9 @@ LISTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("which", LISTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "which"), [(s, "all") for s in STRATEGIES] + [("with state", which) for which in LISTS][1:]
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_22_accelerate(change: Any, strategy: str, which: str) -> None:
     make = STRATEGIES[strategy]
@@ -167,6 +168,10 @@ def test_22_accelerate(change: Any, strategy: str, which: str) -> None:
             clipped = list(LISTS[which](model))
             want = norm_of(clipped)
             assert want > 4 * BOUND
+            if step == AT and make is not None and change is assigned_of_which_the_optimizer_is_not_told:
+                with pytest.raises(ValueError, match="no optimizer that this accelerator has prepared holds"):
+                    a.clip_grad_norm_(LISTS[which](model), BOUND)
+                return
             assert a.clip_grad_norm_(LISTS[which](model), BOUND).item() == pytest.approx(want, rel=1e-5)
             assert norm_of(clipped) == pytest.approx(BOUND, rel=1e-4)
             held = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -183,7 +188,7 @@ def test_22_accelerate(change: Any, strategy: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["as called", "with state"])
-@pytest.mark.parametrize("change", [c for c in CHANGES if c is not frozen])
+@pytest.mark.parametrize("change", [head, lora, unfrozen, assigned, groups_split])
 @on_ranks(2)
 def test_22_accelerate_prepared_anew(rank: int, change: Any, strategy: str) -> list[float]:
     """As DDP wants it: what it has wrapped is taken out, changed and wrapped again."""
@@ -226,8 +231,7 @@ def test_22_what_ddp_does_not_synchronise_is_an_error(rank: int, strategy: str) 
             try:
                 a.clip_grad_norm_(ddp.parameters(), BOUND)
             except distclip.OwnershipError as error:
-                assert "second" in str(error)
-                return f"{type(error).__name__} at step {step}"
+                return f"{str(error).split('(')[0]} at step {step}"
             optimizer.step()
             model.zero_grad()
     raise AssertionError("nobody noticed")
@@ -265,23 +269,23 @@ class Changes(TrainerCallback):
 
 
 def resized(model: Any, optimizer: Any) -> None:
+    """The parameter stays, with other data: what Adam keeps for it would have the old shape."""
+    before = model.transformer.wte.weight
     model.resize_token_embeddings(140, mean_resizing=False)
-    optimizer.add_param_group({"params": [model.transformer.wte.weight]})
-
-
-def resized_of_which_the_optimizer_is_not_told(model: Any, optimizer: Any) -> None:
-    model.resize_token_embeddings(140, mean_resizing=False)
+    assert model.transformer.wte.weight is before
+    assert model.lm_head.weight is before
+    del optimizer.state[before]
 
 
 def a_block_replaced(model: Any, optimizer: Any) -> None:
     model.transformer.h[0].mlp = copy.deepcopy(model.transformer.h[0].mlp)
-    optimizer.add_param_group({"params": list(model.transformer.h[0].mlp.parameters())})
+    optimizer.param_groups[0]["params"] += list(model.transformer.h[0].mlp.parameters())
 
 
 def a_head_of_its_own(model: Any, optimizer: Any) -> None:
     """Untied."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    optimizer.add_param_group({"params": [model.lm_head.weight]})
+    optimizer.param_groups[0]["params"] += [model.lm_head.weight]
 
 
 def adapters(model: Any, optimizer: Any) -> None:
@@ -289,25 +293,24 @@ def adapters(model: Any, optimizer: Any) -> None:
     block = model.transformer.h[0]
     block.adapter = nn.Linear(16, 16)
     block.mlp.register_forward_hook(lambda module, args, out: out + block.adapter(args[0]))
-    optimizer.add_param_group({"params": list(block.adapter.parameters())})
+    optimizer.param_groups[0]["params"] += list(block.adapter.parameters())
 
 
 def thawed(model: Any, optimizer: Any) -> None:
     """The optimizer does not hold them: the Trainer has left out what was frozen."""
     model.transformer.wpe.requires_grad_(True)
-    optimizer.add_param_group({"params": list(model.transformer.wpe.parameters())})
+    optimizer.param_groups[0]["params"] += list(model.transformer.wpe.parameters())
 
 
 def reassigned(model: Any, optimizer: Any) -> None:
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     model.tie_weights()
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-    del optimizer.param_groups[1:]
+    decayed, others = optimizer.param_groups
+    decayed["params"], others["params"] = list(model.parameters()), []
 
 
 OF_TRAINER = [
-    resized, resized_of_which_the_optimizer_is_not_told, a_block_replaced, a_head_of_its_own, adapters,
-    thawed, reassigned,
+    resized, a_block_replaced, a_head_of_its_own, adapters, thawed, reassigned,
 ]  # fmt: skip
 
 
@@ -370,8 +373,7 @@ class Lit(pl.LightningModule):
             p.grad = None
 
 
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("strategy", ["global", "with state", "by name"])
+@pytest.mark.parametrize(("strategy", "raw"), [("with state", False), ("by name", True)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_22_lightning(change: Any, strategy: str, raw: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The norm is that of what the optimizer holds, as Lightning's own clipping has it."""
