@@ -450,7 +450,7 @@ def _sharded(model: Towers, **options: Any) -> Any:
 
 
 # What torch does not do: without find_unused_parameters DDP waits for every parameter; it synchronises only
-# the first backward pass after a forward pass; FSDP2 has freed what a second pass through a graph of gradients
+# the first backward pass after a forward pass; FSDP2 frees what a second pass through a graph of gradients
 # needs, and does not go on after a backward pass that raised.
 LEAVE_OUT = {
     "towers_in_turn", "towers_in_turn_over_zeros", "no_tower_at_all", "frozen_in_mid_training",

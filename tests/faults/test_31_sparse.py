@@ -1,4 +1,4 @@
-"""31: sparse gradients under ``overlap=True``, which are measured after backward, beside dense ones that are not."""
+"""31: sparse gradients under ``overlap=True``, measured after backward, beside dense ones that are not."""
 
 from __future__ import annotations
 

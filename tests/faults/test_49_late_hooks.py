@@ -1,4 +1,4 @@
-"""49: a hook that changes ``.grad`` in backward behind the clipper's own, also of gradients that fill a batch."""
+"""49: a hook that changes ``.grad`` in backward behind the clipper's own, also of whole batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def replaces(p: Any) -> None:
     p.grad = p.grad * 4
 
 
-def Value(p: Any) -> None:  # noqa: N802
+def Value(p: Any) -> None:
     """distclip's own."""
 
 
