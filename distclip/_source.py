@@ -108,7 +108,8 @@ class _OfScripts:
         return [(p.name, p.tensor) for p in walk_modules(self._modules)]
 
     def tensors(self, parameters: Parameters) -> list[Tensor] | None:
-        source: Any = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
+        given: Any = parameters
+        source = [given] if isinstance(given, nn.Module) else list(given)
         if len(source) != len(self._modules) or not all(map(is_, source, self._modules)):
             return None
         now = self._walk()
