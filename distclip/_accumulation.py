@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from distclip._arguments import require_scaler
+
 logger = logging.getLogger("distclip")
 
 Weight: TypeAlias = float | Tensor
@@ -246,6 +248,17 @@ class MicroBatch:
             raise TypeError(
                 f"micro.backward() was given a {type(loss).__name__}: expected the loss, a tensor"
             )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"micro.backward() was given a loss of shape {tuple(loss.shape)}: expected one number, "
+                "loss.mean() say"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "micro.backward() was given a loss that requires no gradient, so there is nothing to go back "
+                "to: was it computed under no_grad(), detached, or do no parameters train?"
+            )
+        require_scaler(scaler)
         exact = None if weight is None else _as_weight(weight)
         window.require_alike(exact is not None)
         if exact is None:

@@ -158,6 +158,16 @@ class Advice:
                 "and before optimizer.step() and zero_grad()."
             )
 
+    def no_parameters(self) -> None:
+        """There is nothing to clip, on any rank."""
+        if "zero" in self._watching and is_main_rank():
+            self._watching.discard("zero")
+            logger.warning(
+                "the clipper has no parameter that trains, so nothing is clipped: the list that it was made "
+                "from is empty (filtered by `p.grad is not None` before the first backward pass, say), or "
+                "all of its parameters are frozen. Pass the model, distclip.Clipper(model, strategy)."
+            )
+
     def _advise_at_first(self) -> None:
         """Of the first steps: what somebody else has done to the gradients, or has not."""
         first = list(self._latest)[:FIRST_LOOK]

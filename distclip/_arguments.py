@@ -22,6 +22,14 @@ def require_source(parameters: Any) -> None:
         ValueError: the values of a ``state_dict()``, which are no parameters.
     """
     kind = type(parameters).__name__
+    if isinstance(parameters, type):
+        raise TypeError(
+            f"parameters is the class {parameters.__name__} itself: pass the object that was made of it"
+        )
+    if not isinstance(parameters, nn.Module) and callable(parameters):
+        raise TypeError(
+            f"parameters is the {kind} {_named(parameters)} itself: call it, {_named(parameters)}()"
+        )
     if isinstance(parameters, Mapping):
         raise TypeError(
             f"parameters is a {kind}: iterating it gives its keys, not its values. Pass the module itself, "
@@ -34,6 +42,21 @@ def require_source(parameters: Any) -> None:
             f"parameters={kind}: expected a Module, several Modules, an Optimizer, a Tensor, or an iterable "
             "of Tensors or of (name, Tensor)"
         )
+    if isinstance(parameters, list | tuple) and parameters:
+        first, whole = parameters[0], "Pass the module itself, or one list of all parameters"
+        if isinstance(first, Mapping) and "params" in first:
+            raise TypeError(
+                f"parameters[0] is a {type(first).__name__} with 'params', as in optimizer.param_groups: "
+                "pass the optimizer itself"
+            )
+        if isinstance(first, torch.optim.Optimizer):
+            raise TypeError(
+                f"parameters[0] is the optimizer {type(first).__name__}: several cannot be passed. {whole}"
+            )
+        if isinstance(first, list | dict):
+            raise TypeError(f"parameters[0] is a {type(first).__name__}: expected a parameter. {whole}")
+        if isinstance(first, str) and len(parameters) == 2:
+            raise TypeError("parameters is one (name, Tensor): pass a list of such, [(name, tensor)]")
     if isinstance(parameters, ValuesView):
         tensors = list(parameters)
         if tensors and not any(_may_train(t) for t in tensors):
@@ -42,6 +65,46 @@ def require_source(parameters: Any) -> None:
                 "has one: a state_dict() holds detached tensors, on which backward leaves no .grad. Pass the "
                 "module itself, or model.parameters()"
             )
+
+
+def _named(function: Any) -> str:
+    return getattr(function, "__name__", "function")
+
+
+def require_strategy(strategy: Any, strategies: type, parameters: Any) -> None:
+    """
+    Raises:
+        TypeError: it is none of ``strategies``.
+    """
+    if isinstance(strategy, strategies):
+        return
+    example = "e.g. distclip.GlobalNorm(1.0)"
+    if isinstance(strategy, type) and issubclass(strategy, strategies):
+        raise TypeError(
+            f"strategy is the class {strategy.__name__} itself: make one, distclip.{strategy.__name__}(...)"
+        )
+    if isinstance(parameters, strategies):
+        raise TypeError(
+            f"parameters is the strategy {type(parameters).__name__}: the order is Clipper(model, strategy)"
+        )
+    if isinstance(strategy, int | float):
+        raise TypeError(f"{strategy=}: a threshold is part of a strategy, distclip.GlobalNorm({strategy})")
+    raise TypeError(f"strategy is a {type(strategy).__name__}: expected a distclip.Strategy, {example}")
+
+
+def require_scaler(scaler: Any) -> None:
+    """
+    Raises:
+        TypeError: neither None nor a GradScaler of torch.
+    """
+    if scaler is None or isinstance(scaler, torch.amp.grad_scaler.GradScaler):
+        return
+    kind = scaler.__name__ if isinstance(scaler, type) else type(scaler).__name__
+    raise TypeError(
+        f"scaler is {'the class' if isinstance(scaler, type) else 'a'} {kind}: expected a "
+        "torch.amp.GradScaler (or ShardedGradScaler) that has scaled the loss. With any other, unscale the "
+        "gradients by its own means, call clipper.clip(), and then its own step"
+    )
 
 
 def _may_train(tensor: Any) -> bool:
@@ -99,6 +162,10 @@ def as_optimizers(given: Any, *, may_be_empty: bool) -> list[torch.optim.Optimiz
 
 def _require_optimizer(optimizer: Any) -> None:
     kind = type(optimizer).__name__
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"step() was given the class {optimizer.__name__}: pass the optimizer that was made of it"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             f"{kind} runs backward several times within one step, between which nobody can clip: call "
@@ -140,6 +207,9 @@ def as_loss(loss: Any) -> Tensor | None:
                 f"loss has shape {tuple(loss.shape)}: expected one number for this rank's batch, loss.mean() "
                 "say"
             )
+        if loss.is_meta or loss.is_complex():
+            what = "is on the meta device, which holds no values" if loss.is_meta else f"is {loss.dtype}"
+            raise ValueError(f"loss {what}: expected one real number for this rank's batch")
         return loss
     try:
         return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
@@ -175,6 +245,11 @@ def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"{name} is a nested tensor, which has no shape and no rows to speak of: make each of its "
                 "parts a parameter of its own"
+            )
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{name} has no shape yet: run one forward pass, which makes the parameters of lazy modules, "
+                "before the first clip"
             )
         if tensor.is_meta:
             raise ValueError(

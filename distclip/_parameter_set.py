@@ -279,6 +279,7 @@ class ParameterSet:
                     read.require_declarations_kept(before)
             except (ValueError, TypeError) as error:
                 complaint = error
+                named = [p for p in named if not torch.nn.parameter.is_lazy(p.tensor)]  # which have no shape
             tensors = [p.tensor for p in named]
             synchronisation = Synchronisation(
                 [*_modules_of(parameters), *self._watched], tensors, keep=self._keep

@@ -33,14 +33,14 @@ class Witness(Protocol):
 def witness_of(parameters: Parameters) -> Witness:
     """``parameters``: not an iterator, which could be read only once."""
     if isinstance(parameters, nn.Module):
-        return _OfModules([parameters])
+        return _OfScripts([parameters]) if _is_scripted(parameters) else _OfModules([parameters])
     if isinstance(parameters, torch.optim.Optimizer):
         return _OfOptimizer(parameters)
     if isinstance(parameters, Tensor):
         return _OfTensors([parameters])
     items = list(parameters)
     if items and all(isinstance(item, nn.Module) for item in items):
-        return _OfModules(items)
+        return _OfScripts(items) if any(map(_is_scripted, items)) else _OfModules(items)
     if any(isinstance(item, nn.Module) for item in items):
         return _OfMixture(items)
     return _OfTensors(items)
@@ -91,6 +91,34 @@ class _OfModules:
         except KeyError:
             return False
         return self._children == self._copies
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
+
+
+class _OfScripts:
+    """Modules that ``torch.jit`` keeps outside Python, which have no dictionaries to look at: read anew."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._read = self._walk()
+
+    def _walk(self) -> list[tuple[str, Tensor]]:
+        return [(p.name, p.tensor) for p in walk_modules(self._modules)]
+
+    def tensors(self, parameters: Parameters) -> list[Tensor] | None:
+        given: Any = parameters
+        source = [given] if isinstance(given, nn.Module) else list(given)
+        if len(source) != len(self._modules) or not all(map(is_, source, self._modules)):
+            return None
+        now = self._walk()
+        if len(now) != len(self._read) or any(
+            name != other or tensor is not kept
+            for (name, tensor), (other, kept) in zip(now, self._read, strict=True)
+        ):
+            return None
+        return [tensor for _, tensor in now]
 
 
 class _OfTensors:

@@ -23,7 +23,9 @@ from distclip._arguments import (
     as_loss,
     as_optimizers,
     require_group,
+    require_scaler,
     require_source,
+    require_strategy,
 )
 from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
@@ -114,8 +116,7 @@ class Clipper:
         overlap: bool = False,
         accumulate: torch.dtype = torch.float32,
     ) -> None:
-        if not isinstance(strategy, Strategy):
-            raise TypeError(f"{strategy=}: expected a distclip.Strategy, e.g. distclip.GlobalNorm(1.0)")
+        require_strategy(strategy, Strategy, parameters)
         if apply not in ("inplace", "deferred"):
             raise ValueError(f"{apply=}: expected 'inplace' or 'deferred'")
         if overlap and (strategy.per_unit or strategy.num_extra):
@@ -254,6 +255,7 @@ class Clipper:
             >>> optimizer.zero_grad()
         """
         optimizers = as_optimizers(optimizer, may_be_empty=self._may_be_empty)
+        require_scaler(scaler)
         if self._continues(optimizers, scaler):
             return self._continue(optimizers, scaler, update=update)
         plan = self.begin(param_norms=param_norms)
@@ -458,6 +460,8 @@ class Clipper:
             self._usage.clips += 1
             return
         count_use(self._usage, self.tensors[0] if self.tensors else None)
+        if not plan.every:
+            self._advice.no_parameters()
         whole = plan.group_name is None and bool(plan.positions)
         if whole and all(self.tensors[i].grad is None for i in plan.positions):
             self._advice.no_gradients()
@@ -658,9 +662,16 @@ class Clipper:
                 f"state holds {keys} and no 'strategy': expected what clipper.state_dict() returned. (Is it "
                 "that of the model or the optimizer, or empty?)"
             )
-        saved = state.get("saved_by")  # not by 0.1.0
-        was = saved["settings"] if saved else "another strategy, or with other settings"
-        if saved and saved["strategy"] != _names(self.strategy):
+        try:
+            position, steps = int(state.get("micro_batches", 0)), int(state.get("steps", 0))
+            saved = dict(state.get("saved_by", {}))  # not by 0.1.0
+            was = saved["settings"] if saved else "another strategy, or with other settings"
+            names = saved.get("strategy")
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"state is not what clipper.state_dict() returned, or has been changed since ({error})"
+            ) from error
+        if saved and names != _names(self.strategy):
             raise ValueError(
                 f"the state was saved by {was}, this is {own}: make the Clipper with the strategy that it "
                 "was saved with, or begin without this state"
@@ -677,8 +688,7 @@ class Clipper:
             ) from error
         self._parameters.agree_on_state()
         self._window.close()
-        self._window.position = int(state.get("micro_batches", 0))
-        self.steps = int(state.get("steps", 0))
+        self._window.position, self.steps = position, steps
 
 
 # Below it a coefficient is no normal float32, and what divides by it is infinite.
