@@ -15,6 +15,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ class ParameterSet:
         self._calls = 0
         self._agreed_on_state = False
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
-        # By id of the parameter: what its source calls it, where that is the name of several, and its own.
-        self._told_apart: dict[int, tuple[weakref.ref[Life], str, str]] = {}
+        # By id of the parameter: what its source calls it, and what it is called here.
+        self._names: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
     # --- is it current? ---------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class ParameterSet:
             self.plan, self._settled = None, self._settings()
             settings = self._settled | self._settings_of_plan(param_norms)
             plan = build_plan(
-                [p._replace(name=self._name_of(p)) for p in named],
+                self._told_apart(named),
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
@@ -271,20 +272,30 @@ class ParameterSet:
             self.plan, self.measurement, self._agreed_on_state = plan, measurement, True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self._life = None if world is None else weakref.ref(world)
-            self._told_apart = {
-                id(p.tensor): (weakref.ref(life_of(p.tensor)), p.name, info.name)
-                for info, p in zip(plan.parameters, map(named.__getitem__, plan.positions), strict=True)
-                if info.name != p.name
-            }
             self._take(parameters, read, synchronisation)
             self._gather_in_backward(parameters, tensors)
         self._require_synchronised(tensors, compares=False)
         return tensors
 
-    def _name_of(self, p: NamedParameter) -> str:
-        """As it was told apart from others of its name, though these may be gone: state goes on by name."""
-        life, called, name = self._told_apart.get(id(p.tensor), (None, "", ""))
-        return name if life is not None and life() is life_of(p.tensor) and called == p.name else p.name
+    def _told_apart(self, named: Sequence[NamedParameter]) -> list[NamedParameter]:
+        """Two models may use the same names: the second to come is ``name#2``. What has a name keeps it while
+        its source calls it the same, since state goes on by name."""
+        names: dict[int, str] = {}
+        for p in named:
+            life, called, name = self._names.get(id(p.tensor), (None, "", ""))
+            if life is not None and life() is life_of(p.tensor) and called == p.name:
+                names[id(p.tensor)] = name
+        taken, wanted = set(names.values()), {p.name for p in named}
+        for p in named:
+            if id(p.tensor) not in names:
+                others = (other for n in count(2) if (other := f"{p.name}#{n}") not in wanted)
+                name = p.name if p.name not in taken else next(o for o in others if o not in taken)
+                taken.add(name)
+                names[id(p.tensor)] = name
+        self._names = {
+            id(p.tensor): (weakref.ref(life_of(p.tensor)), p.name, names[id(p.tensor)]) for p in named
+        }
+        return [p._replace(name=names[id(p.tensor)]) for p in named]
 
     def _settings(self) -> dict[str, str]:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
