@@ -272,6 +272,8 @@ class ParameterSet:
             self.plan, self.measurement, self._agreed_on_state = plan, measurement, True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self._life = None if world is None else weakref.ref(world)
+            for info, p in zip(plan.parameters, map(named.__getitem__, plan.positions), strict=True):
+                self._names[id(p.tensor)] = weakref.ref(life_of(p.tensor)), p.name, info.name
             self._take(parameters, read, synchronisation)
             self._gather_in_backward(parameters, tensors)
         self._require_synchronised(tensors, compares=False)
