@@ -229,7 +229,8 @@ def _name(info: ParameterInfo, placement: Placement) -> str:
 
 def _shape(info: ParameterInfo, dtype: torch.dtype, placement: Placement) -> str:
     """With the dtype: by float64 ranks decide how many numbers they send."""
-    return f"{'?' if _is_own(placement) else tuple(info.shape)} ({str(dtype).removeprefix('torch.')})"
+    shape = "?" if _is_own(placement) else tuple(info.shape)
+    return f"{shape} ({str(dtype).removeprefix('torch.')})"
 
 
 def _is_own(placement: Placement) -> bool:

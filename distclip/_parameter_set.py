@@ -120,9 +120,10 @@ class ParameterSet:
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
         self._calls += 1
-        compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
+        looks = self._calls & (self._calls - 1) == 0
+        compares = looks and not (self._calls == 1 and self._is_proven())
         current = self._look(parameters, tensors)
-        if current is None or (compares and self._is_set_otherwise()):
+        if current is None or (looks and (_are_elsewhere(current) or self._is_set_otherwise())):
             calls = self._calls if current is not None else 1
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
@@ -440,14 +441,23 @@ def _require_gradients_in_grad(named: Sequence[NamedParameter]) -> None:
         ValueError: gradients are kept where nothing here reads them.
     """
     for p in named:
-        for attribute in _OTHER_GRADIENTS if p.tensor.grad is None else ():
-            if isinstance(getattr(p.tensor, attribute, None), Tensor):
+        for attribute in _OTHER_GRADIENTS:
+            if _is_kept_in(attribute, p.tensor):
                 raise ValueError(
                     f"{p.name} has its gradient in .{attribute} and none in .grad, which is what is clipped: "
                     f"set parameter.grad = parameter.{attribute} for each before the clip (Megatron's "
                     "optimizer.prepare_grads() does), or clip the optimizer's own copies, "
                     "optimizer.get_parameters()"
                 )
+
+
+def _are_elsewhere(tensors: Sequence[Tensor]) -> bool:
+    """Whether any has its gradient where nothing here reads it."""
+    return any(_is_kept_in(attribute, t) for attribute in _OTHER_GRADIENTS for t in tensors)
+
+
+def _is_kept_in(attribute: str, tensor: Tensor) -> bool:
+    return tensor.grad is None and isinstance(getattr(tensor, attribute, None), Tensor)
 
 
 def _say_what_changed(before: Sequence[str], now: Sequence[str]) -> None:

@@ -71,7 +71,10 @@ def of_another_dtype(named: Named) -> Named:
 
 # What rank 1 passes, and what the error says: the number of the first difference, or what differs.
 OTHERS: dict[str, tuple[Callable[[Named], Named], str]] = {
-    "two swapped": (swapped, r"Number 0 is '[01].weight' of shape \(4, 4\) \(float32\) on some ranks, and '[01].weight'"),
+    "two swapped": (
+        swapped,
+        r"Number 0 is '[01].weight' of shape \(4, 4\) \(float32\) on some ranks, and '[01].weight'",
+    ),
     "turned round": (lambda named: named[::-1], r"Number 0 is "),
     "filtered": (without_gradients, r"5 on some, 6 on others.*Number 1 is .*0.bias"),
     "the last one less": (lambda named: named[:-1], r"Number 5 is '2.bias' of shape \(6,\).*missing"),
