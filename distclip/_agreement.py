@@ -43,6 +43,7 @@ class Listed:
 def agree_on_settings(
     settings: Mapping[str, str],
     infos: Sequence[ParameterInfo],
+    dtypes: Sequence[torch.dtype],
     placements: Sequence[Placement],
     places: Sequence[tuple[int, str]] | None,
     here: Sequence[bool],
@@ -65,7 +66,9 @@ def agree_on_settings(
     assert group is not None
     told = {**settings, "stages": f"{scope.num_stages} pipeline stage(s)"}
     words = [told.get(name, "") for name in _FIELDS]
-    lists = [str(len(infos)), _names(infos, placements, places), _shapes(infos, placements)]
+    names, shapes = list(map(_name, infos, placements)), list(map(_shape, infos, dtypes, placements))
+    order = "" if places is None else f"\n{[k for k, _ in places]}"
+    lists = [str(len(infos)), "\n".join(names) + order, "\n".join(shapes)]
     # The lists of other stages differ: theirs are compared in the second message.
     hashes = [*map(_hash, words), *([0.0] * 3 if scope.stages else map(_hash, lists))]
     complains = -math.inf if complaint is None else -float(dist.get_rank())
@@ -87,9 +90,8 @@ def agree_on_settings(
     else:
         k = len(_FIELDS)
         if high[k:] != low[k:]:
-            raise OwnershipError(
-                _difference(infos, placements, places, round(most), round(-least), group, device)
-            )
+            entries = [f"{name!r} of shape {shape}" for name, shape in zip(names, shapes, strict=True)]
+            raise OwnershipError(_difference(entries, places, round(most), round(-least), group, device))
         counts = [len(infos)]
     return Listed(counts, list(map(bool, anywhere)))
 
@@ -191,8 +193,7 @@ def _counts_of_stages(
 
 
 def _difference(
-    infos: Sequence[ParameterInfo],
-    placements: Sequence[Placement],
+    said: list[str],
     places: Sequence[tuple[int, str]] | None,
     most: int,
     least: int,
@@ -200,7 +201,6 @@ def _difference(
     device: torch.device,
 ) -> str:
     """Where the lists of ranks differ first. All ranks call this."""
-    said = [_entry(info, p) for info, p in zip(infos, placements, strict=True)]
     told = said
     if places is not None:
         told = [f"{text} {k}" for text, (k, _) in zip(said, places, strict=True)]
@@ -213,7 +213,7 @@ def _difference(
     top = own if differing == least or mine == found[differing] else None
     bottom = own if differing < least and mine == -found[least + differing] else None
     one, other = _quotations([top, bottom], group, device)
-    counts = f"different numbers of parameters: {least} on some, {most} on others, {len(infos)} on rank "
+    counts = f"different numbers of parameters: {least} on some, {most} on others, {len(said)} on rank "
     if most == least:
         counts = "different parameters, or in another order; seen on rank "
     where = f"Number {differing} is {one} on some ranks, and " + (
@@ -222,30 +222,15 @@ def _difference(
     return f"ranks pass {counts}{dist.get_rank()}. {where} {_ALL_OF_THEM} {REMEDIES}"
 
 
-def _entry(info: ParameterInfo, placement: Placement) -> str:
-    return f"{_name(info, placement)!r} of shape {_shape(info, placement)}"
-
-
-def _names(
-    infos: Sequence[ParameterInfo],
-    placements: Sequence[Placement],
-    places: Sequence[tuple[int, str]] | None,
-) -> str:
-    order = "" if places is None else f"\n{[k for k, _ in places]}"
-    return "\n".join(map(_name, infos, placements)) + order
-
-
-def _shapes(infos: Sequence[ParameterInfo], placements: Sequence[Placement]) -> str:
-    return "\n".join(map(_shape, infos, placements))
-
-
 def _name(info: ParameterInfo, placement: Placement) -> str:
     """Experts and shards that each rank has made by itself may be named and cut as it likes."""
     return "(a shard of this rank's own)" if _is_own(placement) else info.name
 
 
-def _shape(info: ParameterInfo, placement: Placement) -> str:
-    return "?" if _is_own(placement) else str(tuple(info.shape))
+def _shape(info: ParameterInfo, dtype: torch.dtype, placement: Placement) -> str:
+    """With the dtype: by float64 ranks decide how many numbers they send."""
+    shape = "?" if _is_own(placement) else tuple(info.shape)
+    return f"{shape} ({str(dtype).removeprefix('torch.')})"
 
 
 def _is_own(placement: Placement) -> bool:

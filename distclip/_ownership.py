@@ -116,9 +116,8 @@ def agree(
         bool(unproven or replicated or scope.stages),
         any(_tells_by_gradient(placements[i]) for i in unproven),
     )
-    listed = agree_on_settings(
-        settings, infos, placements, places, here, complaint, scope, first_message_device(group, tensors)
-    )
+    dtypes, device = [t.dtype for t in tensors], first_message_device(group, tensors)
+    listed = agree_on_settings(settings, infos, dtypes, placements, places, here, complaint, scope, device)
     counts, (sharded, lacking, accelerated, asks, compares) = listed.counts, listed.anywhere
     if lacking:
         kernels.forgo_triton(devices)

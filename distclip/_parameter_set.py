@@ -15,6 +15,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ class ParameterSet:
         self._calls = 0
         self._agreed_on_state = False
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
-        # By id of the parameter: what its source calls it, where that is the name of several, and its own.
-        self._told_apart: dict[int, tuple[weakref.ref[Life], str, str]] = {}
+        # By id of the parameter: what its source calls it, and what it is called here.
+        self._names: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
     # --- is it current? ---------------------------------------------------------------------------------
 
@@ -118,9 +119,9 @@ class ParameterSet:
         """
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
-        compares = self._count_call()
+        looks, compares = self._count_call()
         current = self._look(parameters, tensors)
-        if current is None or (compares and self._is_set_otherwise()):
+        if current is None or (looks and (_are_elsewhere(current) or self._is_set_otherwise())):
             calls = self._calls if current is not None else 1
             self._tell_others(compares, param_norms, weighted)
             current = self._plan_anew(parameters, param_norms)
@@ -131,10 +132,11 @@ class ParameterSet:
             self.groups = None, None
         return current
 
-    def _count_call(self) -> bool:
-        """Whether gradients of plain copies are compared in this one."""
+    def _count_call(self) -> tuple[bool, bool]:
+        """Whether to look closer in this one, and whether gradients of plain copies are compared."""
         self._calls += 1
-        return self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
+        looks = self._calls & (self._calls - 1) == 0
+        return looks, looks and not (self._calls == 1 and self._is_proven())
 
     def tensors_of(self, parameters: Parameters) -> list[Tensor]:
         """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or
@@ -189,7 +191,8 @@ class ParameterSet:
             OwnershipError: only some ranks go there.
         """
         if self.plan is not None:
-            self._tell_others(self._count_call(), param_norms=False, weighted=False)
+            _, compares = self._count_call()
+            self._tell_others(compares, param_norms=False, weighted=False)
 
     def _tell_others(self, compares: bool, param_norms: bool, weighted: bool) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
@@ -287,7 +290,7 @@ class ParameterSet:
             self.plan, self._settled = None, self._settings()
             settings = self._settled | self._settings_of_plan(param_norms)
             plan = build_plan(
-                [p._replace(name=self._name_of(p)) for p in named],
+                self._told_apart(named),
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
@@ -305,20 +308,32 @@ class ParameterSet:
             self.plan, self.measurement, self._agreed_on_state = plan, measurement, True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self._life = None if world is None else weakref.ref(world)
-            self._told_apart = {
-                id(p.tensor): (weakref.ref(life_of(p.tensor)), p.name, info.name)
-                for info, p in zip(plan.parameters, map(named.__getitem__, plan.positions), strict=True)
-                if info.name != p.name
-            }
+            for info, p in zip(plan.parameters, map(named.__getitem__, plan.positions), strict=True):
+                self._names[id(p.tensor)] = weakref.ref(life_of(p.tensor)), p.name, info.name
             self._take(parameters, read, synchronisation)
             self._gather_in_backward(parameters, tensors)
         self._require_synchronised(tensors, compares=False)
         return tensors
 
-    def _name_of(self, p: NamedParameter) -> str:
-        """As it was told apart from others of its name, though these may be gone: state goes on by name."""
-        life, called, name = self._told_apart.get(id(p.tensor), (None, "", ""))
-        return name if life is not None and life() is life_of(p.tensor) and called == p.name else p.name
+    def _told_apart(self, named: Sequence[NamedParameter]) -> list[NamedParameter]:
+        """Two models may use the same names: the second to come is ``name#2``. What has a name keeps it while
+        its source calls it the same, since state goes on by name."""
+        names: dict[int, str] = {}
+        for p in named:
+            life, called, name = self._names.get(id(p.tensor), (None, "", ""))
+            if life is not None and life() is life_of(p.tensor) and called == p.name:
+                names[id(p.tensor)] = name
+        taken, wanted = set(names.values()), {p.name for p in named}
+        for p in named:
+            if id(p.tensor) not in names:
+                others = (other for n in count(2) if (other := f"{p.name}#{n}") not in wanted)
+                name = p.name if p.name not in taken else next(o for o in others if o not in taken)
+                taken.add(name)
+                names[id(p.tensor)] = name
+        self._names = {
+            id(p.tensor): (weakref.ref(life_of(p.tensor)), p.name, names[id(p.tensor)]) for p in named
+        }
+        return [p._replace(name=names[id(p.tensor)]) for p in named]
 
     def _settings(self) -> dict[str, str]:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -461,14 +476,23 @@ def _require_gradients_in_grad(named: Sequence[NamedParameter]) -> None:
         ValueError: gradients are kept where nothing here reads them.
     """
     for p in named:
-        for attribute in _OTHER_GRADIENTS if p.tensor.grad is None else ():
-            if isinstance(getattr(p.tensor, attribute, None), Tensor):
+        for attribute in _OTHER_GRADIENTS:
+            if _is_kept_in(attribute, p.tensor):
                 raise ValueError(
                     f"{p.name} has its gradient in .{attribute} and none in .grad, which is what is clipped: "
                     f"set parameter.grad = parameter.{attribute} for each before the clip (Megatron's "
                     "optimizer.prepare_grads() does), or clip the optimizer's own copies, "
                     "optimizer.get_parameters()"
                 )
+
+
+def _are_elsewhere(tensors: Sequence[Tensor]) -> bool:
+    """Whether any has its gradient where nothing here reads it."""
+    return any(_is_kept_in(attribute, t) for attribute in _OTHER_GRADIENTS for t in tensors)
+
+
+def _is_kept_in(attribute: str, tensor: Tensor) -> bool:
+    return tensor.grad is None and isinstance(getattr(tensor, attribute, None), Tensor)
 
 
 def _say_what_changed(before: Sequence[str], now: Sequence[str]) -> None:

@@ -218,7 +218,7 @@ class PlacementReader:
         if isinstance(parameter, DTensor):
             base = self._of_dtensor(name, parameter)
         elif (managed := getattr(parameter, MANAGED, None)) is not None:
-            base = Placement(managed.shards, managed.home, managed.label)
+            base = _of_managed(managed)
         elif (axis := self._averaged.get(id(parameter))) is not None:
             if axis.group_name not in self._under_ddp:
                 home = Home(tuple(sorted(axis.ranks)), axis.group_name)
@@ -236,6 +236,12 @@ class PlacementReader:
         if known is None:
             known = self._known[key] = _of_mesh(name, spec.mesh, tuple(spec.placements))
         return known
+
+
+def _of_managed(managed: Declaration) -> Placement:
+    if managed.shards or managed.home is None or len(managed.home.ranks) == 1:
+        return Placement(managed.shards, managed.home, managed.label)
+    return Placement((), None, managed.label, within=managed.home)  # copies, to be compared as DDP's are
 
 
 _PLAIN = Placement((), None, "plain")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from distclip.strategies._base import Strategy
+from distclip.strategies._threshold import Threshold
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype)
 _OF_MODULES = frozenset(vars(nn.Module()))  # what every module has
@@ -44,9 +45,13 @@ def _words_of_module(module: nn.Module, depth: int) -> list[str]:
         # Which rank it is on a strategy may know, as long as it decides nothing by it.
         if key not in _OF_MODULES and not (ours and key.startswith("_")) and "rank" not in key:
             words.append(f"{key}={_word(value, depth)}")
+    if isinstance(module, Strategy):
+        words += [f"{argument}={len(module.get_buffer(name))}" for name, argument in module.sizes.items()]
     for name, child in module.named_children():
         if isinstance(child, Strategy):
             words.append(f"{name}={described(child, depth)}")
+        elif isinstance(child, Threshold) and not isinstance(child.value, nn.Module):
+            words.append(f"{child.name}={_word(child.value, depth)}")
         else:
             words.append(f"{name}={type(child).__name__}")
             words += [f"{name}.{word}" for word in _words_of_module(child, depth)]
