@@ -92,7 +92,9 @@ class World:
             piece = (self.flat,)
         for item, coordinate in self.own:
             inside = [item] if isinstance(item, Tensor) else list(item.parameters())
-            self._ever_own += [(p, coordinate) for p in inside if all(p is not known for known, _ in self._ever_own)]
+            self._ever_own += [
+                (p, coordinate) for p in inside if all(p is not known for known, _ in self._ever_own)
+            ]
         return (*piece, *(c for p, c in self._ever_own if p is tensor))
 
     def fill(self, tensors: list[tuple[str, Tensor]], seed: int, scale: float) -> None:
@@ -117,6 +119,11 @@ class World:
             dtype = next(model.parameters()).dtype
             loss = loss + model(x.to(dtype), without_body=without_body).double().pow(2).sum()
         loss.backward()
+
+    def evaluate(self) -> None:
+        with torch.no_grad():
+            for model in self.models:
+                model(torch.ones(2, 4, dtype=next(model.parameters()).dtype))
 
 
 def like(parameter: Tensor, local: Tensor) -> Tensor:
