@@ -31,9 +31,7 @@ def head(m: Any) -> None:
 @pytest.mark.parametrize("way", ["clip", "step", "function", "list"])
 @pytest.mark.parametrize("change", [assigned, head])
 @on_ranks(4)
-def test_parameters_put_into_ddp_live_on_its_ranks(
-    rank: int, change: Callable[[Any], None], way: str
-) -> None:
+def test_what_is_put_into_ddp_lives_on_its_ranks(rank: int, change: Callable[[Any], None], way: str) -> None:
     """Others train another model, and never clip this one."""
     group = mesh2(2, 2, "replicate", "shard").get_group("shard")
     if rank < 2:
