@@ -1,8 +1,8 @@
 """Random models on four ranks, laid out in some way, and what the test itself knows of where pieces lie.
 
-Nothing here asks distclip: a piece of a gradient is known by the name of its parameter, the pipeline stage, and
-the coordinates of this rank along the axes that the parameter is cut over. Equal keys are copies, others are
-other elements.
+Nothing here asks distclip: a piece of a gradient is known by the name of its parameter, the pipeline stage,
+and the coordinates of this rank along the axes that the parameter is cut over. Equal keys are copies, others
+are other elements.
 """
 
 from __future__ import annotations
