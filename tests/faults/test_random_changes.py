@@ -215,6 +215,7 @@ class Round:
                 **world.kwargs,
             )
         self.planned: list[tuple[str, Tensor, bool]] | None = None
+        self.kinds: list[str] = []
         self.declared = 0
         self.is_pure = self.has_evaluated = False
         self.trained = world.trained
@@ -365,7 +366,8 @@ class Round:
         flat = world.flat is not None
         shapes = [(n, () if flat else tuple(p.shape), len(world.piece_of(p))) for n, p in trains]
         kinds = [str(p.dtype) for _, p in trains]
-        mine = (world.stage, self._has_changed(state), shapes, kinds, terms, unsynchronised)
+        converted = self.planned is not None and kinds != self.kinds
+        mine = (world.stage, self._has_changed(state), shapes, kinds, terms, converted)
         everyone: list[Any] = [None] * SIZE
         dist.all_gather_object(everyone, mine)
         mates = [everyone[r] for r in world.mates]
@@ -374,7 +376,7 @@ class Round:
         if unsynchronised:
             blurred = True
         step = Step(self._expected(mates, unsynchronised), blurred=blurred)
-        is_changed_alike = all(m[1] for m in mates)
+        is_changed_alike = all(m[1] or m[5] for m in mates)
         reported: Any = None
         try:
             norm, reported = self._clip(listed)
@@ -396,7 +398,7 @@ class Round:
         elif step.ended == "right":
             oracle.is_lost = True  # what was learned is not known
         if is_changed_alike and step.ended == "right":
-            self.planned, self.declared = state, 0
+            self.planned, self.kinds, self.declared = state, kinds, 0
         # Stages and pieces bring a message in every step.
         self.is_pure = (
             not any(piece for m in mates for _, _, piece in m[4]) and len({m[0] for m in mates}) == 1
@@ -446,7 +448,8 @@ class Round:
             return "alone" if self.is_pure else "error"
         if all(changed) and not shapes_alike:
             return "error"
-        return "right" if alike else "either"
+        converted = {m[5] for m in mates}  # of the first parameter it is noticed
+        return "right" if alike and len(converted) == 1 else "either"
 
     def _clip(self, listed: list[tuple[str, Tensor]]) -> tuple[Tensor, Any]:
         kwargs = self.world.kwargs
