@@ -307,7 +307,7 @@ class Round:
         rng, world = self.rng, self.world
         everything = {id(p): (n, p) for n, p in world.named()} | {id(p): (name, p) for name, p in listed}
         seed, scale = rng.randrange(1 << 20), rng.choice([0.01, 1.0, 1.0, 30.0])
-        apart = rng.random() < 0.06
+        apart = rng.random() < (0.25 if world.kind.startswith("DDP") else 0.06)
         without = rng.random() < 0.15
         for _, p in everything.values():
             p.grad = None
@@ -572,6 +572,7 @@ def _rounds(rank: int, seeds: list[int], directory: str) -> list[Played]:
         played = turn.play()
         _arrival._timeout_of, _arrival.PATIENCE = at_most, patience
         found.append(played)
+        del turn
         gc.collect()
         if any(step.ended == "crash" for step in played.steps):
             break
@@ -652,6 +653,7 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
             left = job[at + 1 :] + left
             continue
         done = len(ranks[0])
+        print(f"round {job[done - 1]}", flush=True)
         counts["rounds"] += done
         for number in range(done):
             played = [r[number] for r in ranks]
