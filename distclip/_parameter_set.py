@@ -159,8 +159,10 @@ class ParameterSet:
                 return None
             tensors = self._take(parameters, read)
         plan = self.plan
-        if plan.positions and tensors[plan.positions[0]].device.type != plan.first_device_type:
-            return None
+        if plan.positions:  # module.to() changes plain parameters in place, and puts others for DTensors
+            first = tensors[plan.positions[0]]
+            if first.device.type != plan.first_device_type or first.dtype != plan.first_dtype:
+                return None
         if plan.frozen and begun_to_train(tensors, plan.frozen):
             return None
         return tensors

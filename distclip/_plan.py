@@ -44,7 +44,7 @@ class Plan:
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
         frozen: positions of the parameters that did not require a gradient when the plan was made.
-        first_device_type: of the first parameter.
+        first_device_type, first_dtype: of the first parameter.
         compared: by parameter index, those whose gradients ranks compare now and then; None where only other
             ranks have some, and this one joins.
         proven: whether all of these had finite gradients on every rank when the plan was made.
@@ -64,6 +64,7 @@ class Plan:
     device: torch.device
     frozen: tuple[int, ...]
     first_device_type: str
+    first_dtype: torch.dtype
     compared: tuple[int, ...] | None = ()
     proven: bool = True
     wide: bool = False
@@ -151,6 +152,7 @@ def build_plan(
         device=message_device(group, tensors, accelerated=agreed.accelerated),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
         first_device_type=tensors[0].device.type if tensors else "cpu",
+        first_dtype=tensors[0].dtype if tensors else torch.float32,
         compared=agreed.comparable,
         proven=agreed.proven,
         wide=scope.stages is None and any(t.dtype in (torch.float64, torch.complex128) for t in tensors),

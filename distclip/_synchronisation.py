@@ -87,6 +87,9 @@ class Synchronisation:
         ]
         self._witnesses = held([p for p in witnesses if p is not None])
         self._own = {id(t) for t in tensors}
+        # When, in the last backward pass that DDP synchronised, which gradient was there.
+        self._synchronised: weakref.WeakKeyDictionary[DistributedDataParallel, list[int]]
+        self._synchronised = weakref.WeakKeyDictionary()
 
     def averaged(self) -> dict[int, Axis]:
         """By the id of a parameter that DDP averages, the group that it does so over."""
@@ -128,14 +131,14 @@ class Synchronisation:
     def was_off(self, tensors: Sequence[Tensor]) -> str | None:
         """``"DDP"``, ``"FSDP1"`` or ``"FSDP2"`` if its gradients may not be synchronised, else None.
 
-        For FSDP this is certain. DDP only remembers its last forward pass, which may have been an
-        evaluation: there the gradients themselves must be compared.
+        For FSDP this is certain. DDP only remembers its last forward pass, and when the last backward pass
+        that it synchronised had which gradient: there the gradients themselves must be compared.
 
         Args:
             tensors: the parameters that FSDP1 manages. Without synchronisation it leaves the whole flat
                 gradient on a shard; torch itself never has another shape there.
         """
-        if any(not m.require_forward_param_sync for m in self._ddp):
+        if self._ddp_was_off():
             return "DDP"
         if any(map(_accumulated, self._witnesses)) or any(map(_holds_unsharded_gradient, self._witnesses)):
             return "FSDP2"
@@ -146,6 +149,19 @@ class Synchronisation:
         if any(not m._sync_gradients for m in self._fsdp1):
             return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
+
+    def _ddp_was_off(self) -> bool:
+        """Whether DDP has synchronised nothing since the last call, and its last forward pass said so.
+
+        (An evaluation says so too, and some ranks may evaluate alone: it must not count.)
+        """
+        was_off = False
+        for module in self._ddp:
+            times = module.reducer.get_backward_stats() if hasattr(module, "reducer") else []
+            before = self._synchronised.get(module)
+            self._synchronised[module] = times
+            was_off = was_off or (not module.require_forward_param_sync and times == before)
+        return was_off
 
 
 def _handles(module: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
-"""Random models on four ranks, laid out in some way, and what the test itself knows of where each piece lies.
+"""Random models on four ranks, laid out in some way, and what the test itself knows of where pieces lie.
 
-Nothing here asks distclip: a piece of a gradient is known by the name of its parameter, the pipeline stage, and the
-coordinates of this rank along the axes that the parameter is cut over. Equal keys are copies, others are other
-elements.
+Nothing here asks distclip: a piece of a gradient is known by the name of its parameter, the pipeline stage,
+and the coordinates of this rank along the axes that the parameter is cut over. Equal keys are copies, others
+are other elements.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class World:
                 yield f"{i}.{name}", p
 
     def piece_of(self, tensor: Tensor) -> tuple[int, ...]:
-        """This rank's coordinates along the axes that the parameter is cut over; () where ranks hold copies."""
+        """This rank's coordinates along the axes that the parameter is cut over; () of copies."""
         piece: tuple[int, ...] = ()
         if isinstance(tensor, DTensor):
             at = tensor.device_mesh.get_coordinate()
@@ -120,14 +120,20 @@ class World:
             loss = loss + model(x.to(dtype), without_body=without_body).double().pow(2).sum()
         loss.backward()
 
+    def evaluate(self) -> None:
+        with torch.no_grad():
+            for model in self.models:
+                model(torch.ones(2, 4, dtype=next(model.parameters()).dtype))
+
 
 def like(parameter: Tensor, local: Tensor) -> Tensor:
     """``local`` as this rank's piece of a gradient of the parameter."""
     if not isinstance(parameter, DTensor):
         return local
+    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )  # fmt: skip
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def local_of(gradient: Tensor) -> Tensor:
