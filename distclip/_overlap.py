@@ -47,7 +47,6 @@ _SAMPLED = 4  # gradients, 16 elements of each
 
 _gradient = attrgetter("grad")
 _version = attrgetter("_version")
-_nbytes = attrgetter("nbytes")
 
 logger = logging.getLogger("distclip")
 
@@ -81,7 +80,8 @@ class Overlap:
         self._counted = [False] * n  # whether the sum may be more than 0
         # Of what has been measured, by parameter:
         self._measured: list[Callable[[], Tensor | None]] = [_nothing] * n  # the gradient, while it lives
-        self._addresses, self._versions, self._outer_versions = [0] * n, [0] * n, [0] * n
+        self._addresses, self._sizes = [0] * n, [0] * n  # the first byte, and bytes up to the last
+        self._versions, self._outer_versions = [0] * n, [0] * n
         self._marks: list[Mark | None] = [None] * n
         # Arrived and not measured yet, by the stream that brings them: FSDP2 has one for each kind of
         # reduction, and what is measured there waits for no other.
@@ -245,7 +245,7 @@ class Overlap:
         if found is None and can_be_proven(local):
             return
         self._marks[i] = found
-        self._addresses[i] = address(local)
+        self._addresses[i], self._sizes[i] = address(local), _size_of(local)
         self._versions[i], self._outer_versions[i] = local._version, gradient._version
         # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
         self._measured[i] = weakref.ref(local)
@@ -329,7 +329,10 @@ class Overlap:
         if len(there) < len(gradients):
             self._put_zero([i for i, gradient in enumerate(gradients) if gradient is None])
         anew = [gradients[i] for i in changed]
-        if not all(map(self._lies_as_its_parameter, changed, anew)) or not _lie_apart(locals_, places):
+        for i, gradient in zip(changed, anew, strict=True):
+            self._sizes[i] = _size_of(local_of(gradient))
+        apart = _lie_apart(places, self._of(there, self._sizes))
+        if not apart or not all(map(self._lies_as_its_parameter, changed, anew)):
             return None
         if changed:
             self._measure_and_note(changed, anew)
@@ -392,13 +395,16 @@ class Overlap:
         return torch.equal(now, then) if now.is_cpu else (now == then).all()
 
 
-def _lie_apart(locals_: list[Tensor], places: list[int]) -> bool:
+def _size_of(local: Tensor) -> int:
+    """Bytes from its first element to its last."""
+    if local.is_contiguous():
+        return local.numel() * local.element_size()
+    region = Region.of(local)
+    return region.end - region.begin
+
+
+def _lie_apart(places: list[int], sizes: list[int]) -> bool:
     """Whether no gradient shares memory with another, as far as that is quickly told."""
-    if all(map(Tensor.is_contiguous, locals_)):
-        sizes = list(map(_nbytes, locals_))
-    else:
-        regions = [Region.of(local) if local.numel() else None for local in locals_]
-        sizes = [0 if region is None else region.end - region.begin for region in regions]
     if 0 in sizes:  # empty ones may lie anywhere
         places = [place for place, size in zip(places, sizes, strict=True) if size]
         sizes = list(filter(None, sizes))
