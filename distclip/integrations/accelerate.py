@@ -27,10 +27,15 @@ from distclip._gradients import collect
 from distclip._loss_scale import LossScale, record
 from distclip._optimizer_step import parameters_of
 from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters, walk_modules
+from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._source import begun_to_train
+<<<<<<< HEAD
 from distclip._transfer import bound_on
+=======
+from distclip._synchronisation import Synchronisation
+>>>>>>> side-b
 from distclip.clipper import Clipper
 from distclip.integrations._stepping import (
     KeepingScaler,
@@ -294,6 +299,8 @@ class Installed:
         owners = self._owners(lst)
         if self.has_scaler:
             self._require_held(lst, owners, skips=False)
+        if lst.seems_unsynchronised():
+            lst.clipper.begin()  # compares them, and raises if that is so
         self._unscale(self._scaled(owners), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
         for bucket in gradients.buckets:
@@ -535,6 +542,7 @@ class _List:
         self.number = number
         self.decided = not isinstance(strategy, AsCalled)
         self._elementwise: Plan | None = None
+        self._synchronisation: Synchronisation | None = None
         self.clipper = Clipper([], strategy, on_nonfinite=on_nonfinite, **options)
         self.hold(tensors, models)
 
@@ -542,12 +550,18 @@ class _List:
         """From now on it is these."""
         self.tensors, self.ids = tensors, frozenset(map(id, tensors))
         self.models = [m for m in models if any(id(p) in self.ids for p in m.parameters())]
-        self._elementwise = None
+        self._elementwise, self._synchronisation = None, None
         # Made from a list of parameters, the clipper does not know what synchronises them.
         self.clipper.follow(_named(tensors, self.models), self.models)
 
     def covers(self, optimizer: torch.optim.Optimizer) -> bool:
         return all(id(p) in self.ids for p in parameters_of(optimizer))
+
+    def seems_unsynchronised(self) -> bool:
+        """As far as DDP and FSDP tell, alike on every rank and without asking the others."""
+        if self._synchronisation is None:
+            self._synchronisation = Synchronisation(self.models, self.tensors)
+        return self._synchronisation.was_off([t for t in self.tensors if hasattr(t, MANAGED)]) is not None
 
     def elementwise_plan(self) -> Plan:
         """For changes that need no other rank; the clipper's own plan would ask them."""
