@@ -31,11 +31,8 @@ from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan
 from distclip._report import ClipReport
 from distclip._source import begun_to_train
-<<<<<<< HEAD
-from distclip._transfer import bound_on
-=======
 from distclip._synchronisation import Synchronisation
->>>>>>> side-b
+from distclip._transfer import bound_on
 from distclip.clipper import Clipper
 from distclip.integrations._stepping import (
     KeepingScaler,
