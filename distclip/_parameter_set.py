@@ -114,8 +114,10 @@ class ParameterSet:
         """
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
-        self._calls += 1
+        absent = self.plan is not None and self._synchronisation.joins()  # some ranks may be
+        self._calls += not absent
         compares = self._calls & (self._calls - 1) == 0 and not (self._calls == 1 and self._is_proven())
+        compares = compares and not absent
         current = self._look(parameters, tensors)
         if current is None:
             self._tell_others(self.tensors if tensors is None else tensors, compares, param_norms, weighted)
