@@ -86,6 +86,8 @@ class Window:
         the next one takes its place."""
         micro, self.current = self.current, None
         assert micro is not None
+        if not self.begun:  # the step was taken within the block
+            return
         if micro.done:  # its gradients are there, whatever came after
             self.done += 1
             return

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distclip._placement import MANAGED
+
 
 def require_source(parameters: Any) -> None:
     """
@@ -238,7 +240,8 @@ def as_count(steps: Any) -> int:
 def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
     """
     Raises:
-        ValueError: a parameter has no values, and so can have no gradient that is to be measured.
+        ValueError: a parameter has no values, and so can have no gradient that is to be measured; or is a
+            part of something else that does not tell which.
     """
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.is_nested and tensor.layout is torch.strided:
@@ -250,6 +253,13 @@ def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"{name} has no shape yet: run one forward pass, which makes the parameters of lazy modules, "
                 "before the first clip"
+            )
+        whole = getattr(tensor, "_unpadded_unsharded_size", None)  # of FSDP1's FlatParameter
+        if whole is not None and whole.numel() != tensor.numel() and not hasattr(tensor, MANAGED):
+            raise ValueError(
+                f"{name} is a flat parameter of FSDP1, of which this rank holds {tensor.numel()} of "
+                f"{whole.numel()} elements: pass the FullyShardedDataParallel module itself, which knows how "
+                "they lie, not its parameters"
             )
         if tensor.is_meta:
             raise ValueError(

@@ -134,6 +134,8 @@ class ParameterSet:
 
     def _count_call(self) -> tuple[bool, bool]:
         """Whether to look closer in this one, and whether gradients of plain copies are compared."""
+        if self.plan is not None and self._synchronisation.joins():
+            return False, False  # some ranks may be absent
         self._calls += 1
         looks = self._calls & (self._calls - 1) == 0
         return looks, looks and not (self._calls == 1 and self._is_proven())

@@ -74,6 +74,25 @@ def has_state(strategy: torch.nn.Module) -> bool:
     )
 
 
+def require_nobody_absent(strategy: Strategy, *, talks: bool) -> None:
+    """For a step that a rank without a batch would leave out.
+
+    Raises:
+        ValueError: it would miss the step's message, or a step that its strategy has to know of.
+    """
+    why = ""
+    if talks or strategy.uses_loss:
+        why = "takes part in DDP's messages only, and the others would wait for it in the one of this step"
+    elif has_state(strategy):
+        why = f"misses steps that {type(strategy).__name__} keeps a history of, and would then clip otherwise"
+    if why:
+        raise ValueError(
+            f"under torch's Join a rank that has run out of batches {why}. Use "
+            "Join(..., throw_on_early_termination=True), give every rank as many batches (drop_last=True of "
+            "DistributedSampler), or clip by a strategy without state that judges norms, GlobalNorm say"
+        )
+
+
 def count_use(usage: Usage, first: Tensor | None) -> None:
     """Note the first clip of a clipper with this first parameter; say once where each step makes one."""
     usage.clips += 1

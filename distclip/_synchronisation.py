@@ -113,6 +113,12 @@ class Synchronisation:
                     stack.enter_context(no_sync())
             yield
 
+    def joins(self) -> bool:
+        """Whether a rank that has run out of batches may be absent, as torch's ``Join`` lets it (and goes on
+        doing after its ``with`` block, by what it leaves on DDP)."""
+        configs = [getattr(m, "_join_config", None) for m in self._ddp]
+        return any(c is not None and c.enable and not c.throw_on_early_termination for c in configs)
+
     def own_gradients(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """What this rank has accumulated of the gradients of ``tensors`` and, where they are synchronised at
         all, not synchronised yet, in tensors to be changed in place."""

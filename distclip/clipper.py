@@ -39,7 +39,7 @@ from distclip._parameters import Parameters, bare_tensors, freeze_source
 from distclip._plan import Plan
 from distclip._reduction import local_loss
 from distclip._report import ClipReport
-from distclip._sharing import Usage, claim, count_use
+from distclip._sharing import Usage, claim, count_use, require_nobody_absent
 from distclip._source import witness_of
 from distclip._stepped import LIVING, AfterStep, StepGuard, Used, living
 from distclip._synchronisation import Synchronisation
@@ -351,10 +351,14 @@ class Clipper:
         if not self._usage.clips and not torch.compiler.is_compiling():
             claim(self.strategy, self)
         self._parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
-        self._parameters.make_current(
-            self._source, param_norms=param_norms, weighted=self._window.weights is not None
-        )
+        weighted = self._window.weights is not None
+        joins = self._synchronisation_of_source.joins()
+        if joins:
+            require_nobody_absent(self.strategy, talks=weighted)
+        self._parameters.make_current(self._source, param_norms=param_norms, weighted=weighted)
         assert self._parameters.plan is not None
+        if joins:
+            require_nobody_absent(self.strategy, talks=self._parameters.plan.group_name is not None)
         return self._parameters.plan
 
     def carry_out(

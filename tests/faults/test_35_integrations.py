@@ -59,7 +59,7 @@ def test_35_the_scripts_own_no_sync(rank: int, kind: str, which: Any, how: str) 
         else:
             with job.model.no_sync():
                 job.backward(0)
-        with pytest.raises((ValueError, distclip.OwnershipError), match="synchronised|differs between"):
+        with pytest.raises((ValueError, distclip.OwnershipError), match=r"synchronised|differs between"):
             clip(which(job), BOUND)
         job.optimizer.zero_grad()
         job.backward(1)
