@@ -310,19 +310,16 @@ def test_43_stages_on_one_rank_only(rank: int) -> str:
     return refused(made(planted(mlp()), **kwargs).clip, "1 pipeline stage", "2 pipeline stage")
 
 
+@pytest.mark.parametrize("argument", ["stages", "process_group"])
+@pytest.mark.parametrize("kind", ["a group", "a mesh"])
 @on_ranks(2)
-def test_43_stages_of_a_mesh_on_one_rank_only(rank: int) -> str:
-    kwargs = {"stages": mesh1(2, "pp")} if rank else {}
-    return refused(made(planted(mlp()), **kwargs).clip, "1 pipeline stage", "2 pipeline stage")
-
-
-@pytest.mark.parametrize("with_mesh", [False, True])
-@on_ranks(2)
-def test_43_all_ranks_passed_on_one_rank_only(rank: int, with_mesh: bool) -> None:
-    """Means the same as nothing passed."""
-    group = dist.new_group([0, 1])
-    kwargs = {"process_group": mesh1(2) if with_mesh else group} if rank else {}
-    report = made(planted(mlp()), **kwargs).clip()
+def test_43_all_ranks_passed_on_one_rank_only(rank: int, kind: str, argument: str) -> None:
+    """Each would wait in a group of its own."""
+    group: Any = dist.new_group([0, 1]) if kind == "a group" else mesh1(2)
+    kwargs = {argument: group} if rank else {}
+    with pytest.raises(distclip.SettingsError, match="different process groups of the same ranks"):
+        made(planted(mlp()), **kwargs).clip()
+    report = made(planted(mlp())).clip()
     assert report.total_norm.item() == pytest.approx(40**0.5)
 
 
