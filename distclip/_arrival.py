@@ -43,7 +43,7 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
         OwnershipError: some have not come within the timeout of the group: which.
         SettingsError: on every rank: they have come with different groups of these ranks.
     """
-    # Groups of all ranks meet in one room, where a rank that was passed nothing finds one that was passed another.
+    # Groups of all ranks meet in one room, where one that was passed nothing finds one that was passed another.
     whole = group.size() == dist.get_world_size()
     place = "all" if whole else group.group_name
     try:
@@ -67,9 +67,9 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
     meetings[place] = number + 1
     if whole and store.get(f"{room}/all") == b"apart":
         raise SettingsError(
-            "ranks clip together over different process groups of the same ranks, so that each would wait in its "
-            f"own (that of rank {dist.get_rank()} is named {group.group_name!r}): pass process_group= and stages= "
-            "alike on every rank, or on none"
+            "ranks clip together over different process groups of the same ranks, and would wait each in its "
+            f"own (that of rank {dist.get_rank()} is named {group.group_name!r}): pass process_group= and "
+            "stages= alike on every rank, or on none"
         )
     if number:  # all have left that one, or they would not have come to this
         before = f"distclip/{place}/{number - 1}"
