@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from distclip.errors import OwnershipError
+from distclip.errors import OwnershipError, SettingsError
 
 logger = logging.getLogger("distclip")
 
@@ -41,26 +41,39 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
 
     Raises:
         OwnershipError: some have not come within the timeout of the group: which.
+        SettingsError: on every rank: they have come with different groups of these ranks.
     """
+    # Groups of all ranks meet in one room, where one that was passed nothing finds one that was passed another.
+    whole = group.size() == dist.get_world_size()
+    place = "all" if whole else group.group_name
     try:
         store = c10d._get_default_store()
         world = dist.group.WORLD
         assert world is not None  # there is a store
         meetings = _meetings.setdefault(world, {})
-        number = meetings.get(group.group_name, 0)
-        room = f"distclip/{group.group_name}/{number}"
+        number = meetings.get(place, 0)
+        room = f"distclip/{place}/{number}"
+        alike = store.add(f"{room}/of {group.group_name}", 1) if whole else group.size()
         here = store.add(f"{room}/count", 1)
         store.set(f"{room}/{dist.get_rank()}", "here")
     except (RuntimeError, NotImplementedError):
         return
     if here == group.size():
-        store.set(f"{room}/all", "here")
+        # All have said of which group they are before they were counted.
+        alike = store.add(f"{room}/of {group.group_name}", 0) if whole else alike
+        store.set(f"{room}/all", "here" if alike == group.size() else "apart")
     else:
         _wait(store, room, group, names)
-    meetings[group.group_name] = number + 1
+    meetings[place] = number + 1
+    if whole and store.get(f"{room}/all") == b"apart":
+        raise SettingsError(
+            "ranks clip together over different process groups of the same ranks, and would wait each in its "
+            f"own (that of rank {dist.get_rank()} is named {group.group_name!r}): pass process_group= and "
+            "stages= alike on every rank, or on none"
+        )
     if number:  # all have left that one, or they would not have come to this
-        before = f"distclip/{group.group_name}/{number - 1}"
-        last = [f"{before}/{dist.get_rank()}"]
+        before = f"distclip/{place}/{number - 1}"
+        last = [f"{before}/{dist.get_rank()}", f"{before}/of {group.group_name}"]
         last += (
             [f"{before}/{key}" for key in ("count", "all", "asked", "missing")]
             if dist.get_rank(group) == 0
@@ -83,6 +96,8 @@ def _wait(store: dist.Store, room: str, group: dist.ProcessGroup, names: Sequenc
                 continue
             missing = _missing(store, room, group)
             store.delete_key(f"{room}/{dist.get_rank()}")
+            if group.size() == dist.get_world_size():
+                store.add(f"{room}/of {group.group_name}", -1)
             raise OwnershipError(f"{_sentence(waited, missing, names)} Gave up.")
         if waited >= said_at and not said:
             said = True

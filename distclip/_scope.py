@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ def find_scope(
             f"{axis.size} stages do not divide the {scope.size} ranks in scope: pass process_group= with "
             "the ranks that hold this model"
         )
-    return _same_on_all(Scope(scope.ranks, scope.group_name, axis if axis.size > 1 else None))
+    return Scope(scope.ranks, scope.group_name, axis if axis.size > 1 else None)
 
 
 def _declared_homes(placement: Placement) -> list[Home]:
@@ -129,7 +129,7 @@ def _home_scope(
                 f"process_group spans {len(ranks)} ranks, but parameters also live on rank(s) "
                 f"{sorted(outside)[:8]} outside it: pass a group that contains their meshes"
             )
-        return _same_on_all(Scope(ranks, axis.group_name))
+        return Scope(ranks, axis.group_name)
     if not homes:
         return _whole_world()
     if len(homes) == 1:
@@ -174,15 +174,6 @@ def _world() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None  # callers have seen is_initialized()
     return world
-
-
-def _same_on_all(scope: Scope) -> Scope:
-    """Over all ranks there is the default group too, which a rank takes that has been passed nothing: so they
-    meet, and find out."""
-    whole = scope.size == dist.get_world_size() and scope.group_name is not None
-    if not whole or dist.get_backend(scope.group()) != dist.get_backend():
-        return scope
-    return replace(scope, group_name=_world().group_name)
 
 
 _made: Counter[tuple[int, ...]] = Counter()  # a name is never used twice

@@ -310,20 +310,24 @@ def test_43_stages_on_one_rank_only(rank: int) -> str:
     return refused(made(planted(mlp()), **kwargs).clip, "1 pipeline stage", "2 pipeline stage")
 
 
+@pytest.mark.parametrize("kind", ["a group", "a mesh"])
 @on_ranks(2)
-def test_43_stages_of_a_mesh_on_one_rank_only(rank: int) -> str:
-    kwargs = {"stages": mesh1(2, "pp")} if rank else {}
+def test_43_stages_of_all_on_one_rank_only(rank: int, kind: str) -> str:
+    group: Any = dist.new_group([0, 1]) if kind == "a group" else mesh1(2)
+    kwargs = {"stages": group} if rank else {}
     return refused(made(planted(mlp()), **kwargs).clip, "1 pipeline stage", "2 pipeline stage")
 
 
-@pytest.mark.parametrize("with_mesh", [False, True])
 @on_ranks(2)
-def test_43_all_ranks_passed_on_one_rank_only(rank: int, with_mesh: bool) -> None:
-    """Means the same as nothing passed."""
-    group = dist.new_group([0, 1])
-    kwargs = {"process_group": mesh1(2) if with_mesh else group} if rank else {}
-    report = made(planted(mlp()), **kwargs).clip()
-    assert report.total_norm.item() == pytest.approx(40**0.5)
+def test_43_all_ranks_passed_on_one_rank_only(rank: int) -> None:
+    """Each would wait in a group of its own. (A mesh of all ranks has the default group.)"""
+    kwargs: dict[str, Any] = {"process_group": dist.new_group([0, 1])} if rank else {}
+    with pytest.raises(distclip.SettingsError, match="different process groups of the same ranks"):
+        made(planted(mlp()), **kwargs).clip()
+    kwargs = {"process_group": mesh1(2)} if rank else {}
+    for _ in range(2):
+        report = made(planted(mlp()), **kwargs).clip()
+        assert report.total_norm.item() == pytest.approx(40**0.5)
 
 
 # --- what has been learned ------------------------------------------------------------------------------
