@@ -6,13 +6,14 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -21,6 +22,15 @@ from tests.faults.ways import BOUND
 from tests.harness import on_ranks
 
 # --- the default group, destroyed and made anew: in processes of their own --------------------------------
+
+
+def norm_of(clipper: distclip.Clipper) -> Tensor:
+    return clipper.clip().total_norm
+
+
+def clipped(clipper: distclip.Clipper, times: int) -> None:
+    for _ in range(times):
+        clipper.clip()
 
 
 def dense_and_expert(rank: int, which: int) -> nn.ModuleDict:
@@ -71,16 +81,15 @@ def two_lives(rank: int, folder: str) -> None:
         if life == 1 and clipper is not None:
             p = m["expert"].weight
             p.grad = torch.ones_like(p)  # type: ignore[assignment]
-            for call in (clipper.clip, lambda: distclip.clip_grad_norm_(m, 1e9)):  # type: ignore[arg-type]
+            for call in (clipper.clip, partial(distclip.clip_grad_norm_, m, 1e9)):
                 with pytest.raises(distclip.OwnershipError, match=r"destroyed.*declare"):
                     call()
         distclip.declare(m["expert"], sharded_over=group)
         if clipper is None:
             clipper = distclip.Clipper(m, strategy)
-        same = clipper
         for _ in range(2):
-            right(m, which, lambda: same.clip().total_norm)
-            right(m, which, lambda: distclip.clip_grad_norm_(m, 1e9))  # type: ignore[arg-type]
+            right(m, which, partial(norm_of, clipper))
+            right(m, which, partial(distclip.clip_grad_norm_, m, 1e9))
         mesh = init_device_mesh("cpu", (2, 2) if life % 2 else (4,))
         sharded: Any = fully_shard(nn.Linear(4, 4), mesh=mesh)
         fresh = distclip.Clipper(sharded, distclip.GlobalNorm(1e9))
@@ -159,8 +168,7 @@ def test_26_a_group_that_was_passed_is_gone(rank: int, argument: str) -> None:
             clipper.clip()
         dist.destroy_process_group(group)
         with pytest.raises((ValueError, distclip.OwnershipError), match="destroyed"):
-            for _ in range(4):  # replicas need it at powers of two only
-                clipper.clip()
+            clipped(clipper, 4)  # replicas need it at powers of two only
 
 
 @on_ranks(2)
