@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:(The PyTorch API of (MaskedTensors|nested tensors) is in prototype|Sparse CSR tensor):UserWarning"
 )
 
-WAYS = ["clip", "clip, overlap", "step", "function", "list", "accelerate"]
-ALL = [*WAYS, "total", "value", "per parameter"]
+ALL = ["clip", "clip, overlap", "step", "function", "list", "total", "value", "per parameter"]
 
 
 class Own(Tensor):
@@ -254,8 +253,15 @@ def clip(way: str, model: Model) -> Tensor | None:
         return clip()
 
 
-@pytest.mark.parametrize("way", ALL)
-@pytest.mark.parametrize("make", RIGHT, ids=lambda make: make.__name__)
+def rows(
+    table: Iterable[Callable[[], list[Tensor]]], by_accelerate: Sequence[Callable[[], list[Tensor]]]
+) -> list[Any]:
+    """All ways; of the dearest a few."""
+    found = [(make, way) for make in table for way in ALL] + [(make, "accelerate") for make in by_accelerate]
+    return [pytest.param(make, way, id=f"{make.__name__}, {way}") for make, way in found]
+
+
+@pytest.mark.parametrize(("make", "way"), rows(RIGHT, [interleaved, expanded, sparse_with_shared_values]))
 def test_33_each_element_once(make: Callable[[], list[Tensor]], way: str) -> None:
     model = Model(make())
     before = oracle.dense_gradients(model.parameters())
@@ -278,8 +284,7 @@ def test_33_each_element_once(make: Callable[[], list[Tensor]], way: str) -> Non
             torch.testing.assert_close(after, torch.where(large, b / b.abs() * 0.5, b), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("way", ALL)
-@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("make", "way"), rows(REFUSED, [wrapped, eight_bits, partly_shared]))
 def test_33_refused_by_name(make: Callable[[], list[Tensor]], way: str) -> None:
     model = Model(make())
     before = [
