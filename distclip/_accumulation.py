@@ -33,7 +33,8 @@ class Window:
         steps: micro-batches in a whole window.
         position: blocks of this window begun so far, also before a restart.
         begun: those of them since then.
-        done: those of them whose gradients are there on this rank.
+        done: those of them whose gradients ``micro.backward`` has brought, on this rank.
+        raw: whether gradients have come by another way.
         last: whether the block begun last is the last of the window.
         failed: whether one of them raised, or is known to have left its backward pass out.
         broken: whether ``.grad`` holds a part of the gradients of one that raised within its backward pass.
@@ -47,6 +48,7 @@ class Window:
     position: int = 0
     begun: int = 0
     done: int = 0
+    raw: bool = False
     last: bool = True
     failed: bool = False
     broken: bool = False
@@ -73,7 +75,7 @@ class Window:
         if self.begun and steps != self.steps:
             raise ValueError(f"{steps=}: this window of {self.steps} micro-batches is not complete")
         if self.failed and not own_gradients():  # whoever caught it has called zero_grad()
-            self.done, self.weights, self.broken = 0, None, False
+            self.done, self.weights, self.broken, self.raw = 0, None, False, False
         self.steps = steps
         self.position += 1
         self.begun += 1
@@ -116,7 +118,7 @@ class Window:
             self.broken = False
             return math.nan
         factor = self.begun / (self.done + 1)
-        if self.weighted or factor == 1:
+        if self.weighted or self.raw or factor == 1:
             return 1.0
         with torch.no_grad():
             for gradient in own_gradients():
@@ -181,7 +183,7 @@ class Window:
     def close(self) -> None:
         self.position = self.begun = self.done = 0
         self.last = True
-        self.failed = self.broken = False
+        self.failed = self.broken = self.raw = False
         self.weights = self.weighted = None
 
 

@@ -47,8 +47,8 @@ def claim(strategy: Strategy, clipper: Any) -> None:
             continue
         owner = _owner_of(part)
         if owner is not None and owner is not clipper:
-            gc.collect()  # whether garbage has been collected yet is no fact that ranks share
             del owner
+            gc.collect()  # whether garbage has been collected yet is no fact that ranks share
             owner = _owner_of(part)
         if owner is not None and owner is not clipper:
             name = type(part).__name__

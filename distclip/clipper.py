@@ -331,7 +331,7 @@ class Clipper:
         if micro.began:
             self._said.add("backward")
         elif before is not None and not before.unchanged():
-            self._window.done += 1
+            self._window.raw = True
             self._said.add("backward")
             warn_alike(
                 "gradients came within clipper.accumulate() and not from micro.backward(loss), so the window "

@@ -91,11 +91,10 @@ def test_38_explained_on_every_rank(rank: int, name: str, way: str) -> str:
 def test_38_weights_of_micro_batches(rank: int) -> None:
     model = net()
     clipper = distclip.Clipper(model, distclip.GlobalNorm(1.0))
-    with Join([model]):
-        with clipper.accumulate(1) as micro:
-            micro.backward(model(torch.ones(2, 4)).sum(), weight=3)
-        with pytest.raises(ValueError, match="would wait for it"):
-            clipper.clip()
+    with Join([model]), clipper.accumulate(1) as micro:
+        micro.backward(model(torch.ones(2, 4)).sum(), weight=3)
+    with pytest.raises(ValueError, match="would wait for it"):
+        clipper.clip()
 
 
 @pytest.mark.parametrize("name", ["loss", "history"])
