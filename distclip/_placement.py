@@ -48,6 +48,10 @@ class Axis:
             return Axis.of_mesh(given, 0)
         if not isinstance(given, dist.ProcessGroup):
             raise TypeError(f"{argument}={given!r}: expected a ProcessGroup or a 1-D DeviceMesh")
+        if given not in c10d._world.pg_map:
+            raise ValueError(
+                f"{argument}= is a process group that has been destroyed: pass one that there is now"
+            )
         ranks = dist.get_process_group_ranks(given)
         if dist.get_rank() not in ranks:
             raise ValueError(

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def right(m: nn.ModuleDict, which: int, norm: Callable[[], Any]) -> None:
     for name, p in m.named_parameters():
         p.grad = torch.full_like(p, 1.0 + 3 * which * ("expert" in name))
     assert float(norm()) == pytest.approx((20 + 20 + 20 * 16) ** 0.5, rel=1e-5)
+
+
+def clip(clipper: distclip.Clipper) -> Any:
+    return clipper.clip().total_norm
 
 
 PAIRS = [(0, 1), (2, 3), (0, 2), (1, 3)]
@@ -71,16 +76,15 @@ def two_lives(rank: int, folder: str) -> None:
         if life == 1 and clipper is not None:
             p = m["expert"].weight
             p.grad = torch.ones_like(p)  # type: ignore[assignment]
-            for call in (clipper.clip, lambda: distclip.clip_grad_norm_(m, 1e9)):  # type: ignore[arg-type]
+            for call in (clipper.clip, partial(distclip.clip_grad_norm_, m, 1e9)):
                 with pytest.raises(distclip.OwnershipError, match=r"destroyed.*declare"):
                     call()
         distclip.declare(m["expert"], sharded_over=group)
         if clipper is None:
             clipper = distclip.Clipper(m, strategy)
-        same = clipper
         for _ in range(2):
-            right(m, which, lambda: same.clip().total_norm)
-            right(m, which, lambda: distclip.clip_grad_norm_(m, 1e9))  # type: ignore[arg-type]
+            right(m, which, partial(clip, clipper))
+            right(m, which, partial(distclip.clip_grad_norm_, m, 1e9))
         mesh = init_device_mesh("cpu", (2, 2) if life % 2 else (4,))
         sharded: Any = fully_shard(nn.Linear(4, 4), mesh=mesh)
         fresh = distclip.Clipper(sharded, distclip.GlobalNorm(1e9))
@@ -159,8 +163,7 @@ def test_26_a_group_that_was_passed_is_gone(rank: int, argument: str) -> None:
             clipper.clip()
         dist.destroy_process_group(group)
         with pytest.raises((ValueError, distclip.OwnershipError), match="destroyed"):
-            for _ in range(4):  # replicas need it at powers of two only
-                clipper.clip()
+            [clipper.clip() for _ in range(4)]  # replicas need it at powers of two only
 
 
 @on_ranks(2)
@@ -181,8 +184,8 @@ def test_26_a_mesh_made_anew(rank: int) -> None:
 @on_ranks(2)
 def test_26_names_used_again(rank: int) -> None:
     """Groups made and destroyed in turn: meetings of the one are not those of the other."""
-    for turn in range(4):
-        group: Any = dist.new_group([0, 1], use_local_synchronization=bool(turn % 2))
+    for _ in range(4):
+        group: Any = dist.new_group([0, 1])
         m = declared(rank, group)
         clipper = distclip.Clipper(m, distclip.GlobalNorm(BOUND), process_group=group)
         assert clipper.clip().total_norm.item() == pytest.approx((20 * 5) ** 0.5, rel=1e-5)
