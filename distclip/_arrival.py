@@ -43,7 +43,7 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
         OwnershipError: some have not come within the timeout of the group: which.
         SettingsError: on every rank: they have come with different groups of these ranks.
     """
-    # Groups of all ranks meet in one room: there one that was passed nothing finds one that was passed another.
+    # Groups of all ranks meet in one room: who was passed nothing finds those there that were passed another.
     whole = group.size() == dist.get_world_size()
     place = "all" if whole else group.group_name
     try:

@@ -188,6 +188,10 @@ class ParameterSet:
         """
         if self.plan is None or self.plan.group_name is None or not self._lives_on():
             return
+        try:
+            _ = self.plan.group
+        except ValueError:
+            return  # it has been destroyed: nobody waits there
         if compares:
             require_equal_gradients(self.plan, tensors, {}, testify=False)
         assert self.measurement is not None

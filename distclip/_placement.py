@@ -309,7 +309,17 @@ def whole_units(parameter: Tensor) -> int:
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+    """
+    Raises:
+        ValueError: it has been destroyed.
+    """
+    try:
+        return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+    except RuntimeError as error:
+        raise ValueError(
+            f"the process group named {name!r}, over which this is clipped, has been destroyed since: make a "
+            "new Clipper, with a group that there is now"
+        ) from error
 
 
 def _short(ranks: list[int]) -> str:

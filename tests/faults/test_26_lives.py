@@ -85,7 +85,9 @@ def two_lives(rank: int, folder: str) -> None:
         for _ in range(2):
             right(m, which, partial(clip, clipper))
             right(m, which, partial(distclip.clip_grad_norm_, m, 1e9))
-        mesh = init_device_mesh("cpu", (2, 2) if life % 2 else (4,))
+        mesh = init_device_mesh(
+            "cpu", (2, 2) if life % 2 else (4,), mesh_dim_names=("a", "b")[: 1 + life % 2]
+        )
         sharded: Any = fully_shard(nn.Linear(4, 4), mesh=mesh)
         fresh = distclip.Clipper(sharded, distclip.GlobalNorm(1e9))
         for p in sharded.parameters():
