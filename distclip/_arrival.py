@@ -43,7 +43,7 @@ def meet(group: dist.ProcessGroup, names: Sequence[str]) -> None:
         OwnershipError: some have not come within the timeout of the group: which.
         SettingsError: on every rank: they have come with different groups of these ranks.
     """
-    # Groups of all ranks meet in one room: a rank that was passed none finds one that was passed another.
+    # Groups of all ranks meet in one room: who was passed nothing finds those there that were passed another.
     whole = group.size() == dist.get_world_size()
     place = "all" if whole else group.group_name
     try:
@@ -125,9 +125,9 @@ def _missing(store: dist.Store, room: str, group: dist.ProcessGroup) -> list[int
 
 def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> str:
     ranks = ", ".join(map(str, missing[:_NAMED])) + (
-        f", ... ({len(missing)} ranks)" if missing[_NAMED:] else ""
+        f", … ({len(missing)} ranks)" if missing[_NAMED:] else ""
     )
-    shown = ", ".join(map(repr, names[:2])) + (", ..." if names[2:] else "")
+    shown = ", ".join(map(repr, names[:2])) + (", …" if names[2:] else "")
     return (
         f"rank {dist.get_rank()} has waited {waited:.0f} s to plan the clipping of {len(names)} parameter(s) "
         f"({shown}) together with rank(s) {ranks}, which have not come. Mostly clip() (or describe(), or "

@@ -207,6 +207,10 @@ class ParameterSet:
         """
         if self.plan is None or self.plan.group_name is None or not self._lives_on():
             return
+        try:
+            _ = self.plan.group
+        except ValueError:
+            return  # it has been destroyed: nobody waits there
         if compares:
             require_equal_gradients(self.plan)
         try:

@@ -48,6 +48,10 @@ class Axis:
             return Axis.of_mesh(given, 0)
         if not isinstance(given, dist.ProcessGroup):
             raise TypeError(f"{argument}={given!r}: expected a ProcessGroup or a 1-D DeviceMesh")
+        if given not in c10d._world.pg_map:
+            raise ValueError(
+                f"{argument}= is a process group that has been destroyed: pass one that there is now"
+            )
         ranks = dist.get_process_group_ranks(given)
         if dist.get_rank() not in ranks:
             raise ValueError(
@@ -305,7 +309,17 @@ def whole_units(parameter: Tensor) -> int:
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+    """
+    Raises:
+        ValueError: it has been destroyed.
+    """
+    try:
+        return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+    except RuntimeError as error:
+        raise ValueError(
+            f"the process group named {name!r}, over which this is clipped, has been destroyed since: make a "
+            "new Clipper, with a group that there is now"
+        ) from error
 
 
 def _short(ranks: list[int]) -> str:

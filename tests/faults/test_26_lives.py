@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -22,15 +22,6 @@ from tests.faults.ways import BOUND
 from tests.harness import on_ranks
 
 # --- the default group, destroyed and made anew: in processes of their own --------------------------------
-
-
-def norm_of(clipper: distclip.Clipper) -> Tensor:
-    return clipper.clip().total_norm
-
-
-def clipped(clipper: distclip.Clipper, times: int) -> None:
-    for _ in range(times):
-        clipper.clip()
 
 
 def dense_and_expert(rank: int, which: int) -> nn.ModuleDict:
@@ -46,6 +37,10 @@ def right(m: nn.ModuleDict, which: int, norm: Callable[[], Any]) -> None:
     for name, p in m.named_parameters():
         p.grad = torch.full_like(p, 1.0 + 3 * which * ("expert" in name))
     assert float(norm()) == pytest.approx((20 + 20 + 20 * 16) ** 0.5, rel=1e-5)
+
+
+def clip(clipper: distclip.Clipper) -> Any:
+    return clipper.clip().total_norm
 
 
 PAIRS = [(0, 1), (2, 3), (0, 2), (1, 3)]
@@ -88,9 +83,11 @@ def two_lives(rank: int, folder: str) -> None:
         if clipper is None:
             clipper = distclip.Clipper(m, strategy)
         for _ in range(2):
-            right(m, which, partial(norm_of, clipper))
+            right(m, which, partial(clip, clipper))
             right(m, which, partial(distclip.clip_grad_norm_, m, 1e9))
-        mesh = init_device_mesh("cpu", (2, 2) if life % 2 else (4,))
+        mesh = init_device_mesh(
+            "cpu", (2, 2) if life % 2 else (4,), mesh_dim_names=("a", "b")[: 1 + life % 2]
+        )
         sharded: Any = fully_shard(nn.Linear(4, 4), mesh=mesh)
         fresh = distclip.Clipper(sharded, distclip.GlobalNorm(1e9))
         for p in sharded.parameters():
@@ -168,7 +165,7 @@ def test_26_a_group_that_was_passed_is_gone(rank: int, argument: str) -> None:
             clipper.clip()
         dist.destroy_process_group(group)
         with pytest.raises((ValueError, distclip.OwnershipError), match="destroyed"):
-            clipped(clipper, 4)  # replicas need it at powers of two only
+            [clipper.clip() for _ in range(4)]  # replicas need it at powers of two only
 
 
 @on_ranks(2)
@@ -189,8 +186,8 @@ def test_26_a_mesh_made_anew(rank: int) -> None:
 @on_ranks(2)
 def test_26_names_used_again(rank: int) -> None:
     """Groups made and destroyed in turn: meetings of the one are not those of the other."""
-    for turn in range(4):
-        group: Any = dist.new_group([0, 1], use_local_synchronization=bool(turn % 2))
+    for _ in range(4):
+        group: Any = dist.new_group([0, 1])
         m = declared(rank, group)
         clipper = distclip.Clipper(m, distclip.GlobalNorm(BOUND), process_group=group)
         assert clipper.clip().total_norm.item() == pytest.approx((20 * 5) ** 0.5, rel=1e-5)

@@ -313,7 +313,7 @@ def test_43_stages_on_one_rank_only(rank: int) -> str:
 @pytest.mark.parametrize("kind", ["a group", "a mesh"])
 @on_ranks(2)
 def test_43_stages_of_all_on_one_rank_only(rank: int, kind: str) -> str:
-    group: Any = dist.new_group([0, 1]) if kind == "a group" else mesh1(2)
+    group: Any = dist.new_group([0, 1]) if kind == "a group" else mesh1(2)  # on both
     kwargs = {"stages": group} if rank else {}
     return refused(made(planted(mlp()), **kwargs).clip, "1 pipeline stage", "2 pipeline stage")
 
@@ -321,10 +321,12 @@ def test_43_stages_of_all_on_one_rank_only(rank: int, kind: str) -> str:
 @on_ranks(2)
 def test_43_all_ranks_passed_on_one_rank_only(rank: int) -> None:
     """Each would wait in a group of its own. (A mesh of all ranks has the default group.)"""
-    kwargs: dict[str, Any] = {"process_group": dist.new_group([0, 1])} if rank else {}
+    mesh = mesh1(2)
+    group = dist.new_group([0, 1])
+    kwargs: dict[str, Any] = {"process_group": group} if rank else {}
     with pytest.raises(distclip.SettingsError, match="different process groups of the same ranks"):
         made(planted(mlp()), **kwargs).clip()
-    kwargs = {"process_group": mesh1(2)} if rank else {}
+    kwargs = {"process_group": mesh} if rank else {}
     for _ in range(2):
         report = made(planted(mlp()), **kwargs).clip()
         assert report.total_norm.item() == pytest.approx(40**0.5)
