@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,12 +23,18 @@ _OFTEN = 4
 """New clippers in a row for the same parameters, each used once, before it is said that one would do."""
 
 
+_clock = count()
+
+
 class Usage:
-    """How often a clipper has clipped, and how many before it, for the same parameters, clipped once each."""
+    """How often a clipper has clipped, and how many before it, for the same parameters, clipped once each and
+    were made one after the other."""
 
     def __init__(self) -> None:
         self.clips = 0
         self.row = 0
+        self.made = next(_clock)
+        self.used = self.made
 
 
 # By the first parameter.
@@ -96,11 +103,13 @@ def require_nobody_absent(strategy: Strategy, *, talks: bool) -> None:
 def count_use(usage: Usage, first: Tensor | None) -> None:
     """Note the first clip of a clipper with this first parameter; say once where each step makes one."""
     usage.clips += 1
+    usage.used = next(_clock)
     if first is None:
         return
     life = life_of(first)
     before = _latest.get(life)
-    usage.row = before.row + 1 if before is not None and before.clips == 1 else 1
+    follows = before is not None and before.clips == 1 and usage.made > before.used
+    usage.row = before.row + 1 if before is not None and follows else 1
     _latest[life] = usage
     if usage.row == _OFTEN and life not in _said:
         _said.add(life)

@@ -81,6 +81,9 @@ class StepGuard:
     def __init__(self) -> None:
         self._used: weakref.WeakKeyDictionary[torch.optim.Optimizer, Used] = weakref.WeakKeyDictionary()
         self._handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
+        # What the script itself has stepped with, since there is a hook.
+        self._others: weakref.WeakKeyDictionary[torch.optim.Optimizer, Used] = weakref.WeakKeyDictionary()
+        self._stepping = False
 
     def taken(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
         """The clipper has stepped, or skipped, ``optimizer`` with the gradients that there are."""
@@ -92,7 +95,22 @@ class StepGuard:
     def stepping(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Around the clipper's own call of ``optimizer.step()``."""
         self._used.pop(optimizer, None)
-        yield
+        self._others.pop(optimizer, None)
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def other_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The script steps ``optimizer`` by itself."""
+        if not self._stepping:
+            self._others[optimizer] = Used([p for group in optimizer.param_groups for p in group["params"]])
+
+    def has_stepped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the script has stepped it with the gradients that there are."""
+        used = self._others.get(optimizer)
+        return used is not None and used.any and used.unchanged()
 
     def has_taken(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether its gradients are still those that it has been stepped with."""
@@ -108,13 +126,16 @@ def _hook(guard: weakref.ref[StepGuard]) -> Callable[..., None]:
     def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         own = guard()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if own is not None and closure is None and own.has_taken(optimizer):
+        if own is None or closure is not None:
+            return
+        if own.has_taken(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__}.step() was called again with the gradients that clipper.step() "
                 "has just used, so every step would be taken twice. clipper.step(optimizer) steps the "
                 "optimizer: delete the line optimizer.step() (or scaler.step(optimizer)) behind it; or keep "
                 "that line, and call clipper.clip() in the place of clipper.step(optimizer)."
             )
+        own.other_step(optimizer)
 
     return before
 

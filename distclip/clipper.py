@@ -523,14 +523,22 @@ class Clipper:
         round_.add(optimizers, self._suitable.rest if self._suitable else [])
 
     def _say_if_taken(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        if "twice" not in self._said and optimizers and all(map(self._guard.has_taken, optimizers)):
-            self._said.add("twice")
-            if is_main_rank():
-                logger.warning(
-                    "clipper.step() was called twice with the same gradients, so that the step is taken "
-                    "twice. Call it once after each backward pass. (A CUDA graph that replays backward "
-                    "leaves no trace: there this is nothing to worry about.)"
-                )
+        if "twice" in self._said or not optimizers:
+            return
+        if all(map(self._guard.has_taken, optimizers)):
+            what = "clipper.step() was called twice with the same gradients"
+            remedy = "Call it once after each backward pass"
+        elif any(map(self._guard.has_stepped, optimizers)):
+            what = "optimizer.step() was called before clipper.step(optimizer), with the same gradients"
+            remedy = "Delete the line optimizer.step(): clipper.step(optimizer) takes its place"
+        else:
+            return
+        self._said.add("twice")
+        if is_main_rank():
+            logger.warning(
+                "%s, so that the step is taken twice. %s. (A CUDA graph that replays backward leaves no "
+                "trace: there this is nothing to worry about.)", what, remedy,
+            )  # fmt: skip
 
     def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
         """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP

@@ -213,6 +213,16 @@ def legit_outer(net: nn.Module, opt: torch.optim.Optimizer, clipper: distclip.Cl
         clipper.step(outer)
 
 
+def legit_steps_of_both_kinds(net: nn.Module, opt: torch.optim.Optimizer, clipper: distclip.Clipper) -> None:
+    for seed in range(4):
+        opt.zero_grad(set_to_none=seed != 3)
+        backward(net, seed=seed)
+        opt.step() if seed % 2 else clipper.step(opt)
+    opt.zero_grad()
+    opt.step()
+    clipper.step(opt)  # neither has any gradient
+
+
 LEGIT = {name.removeprefix("legit_"): f for name, f in globals().items() if name.startswith("legit_")}
 
 
@@ -261,6 +271,23 @@ def test_39_the_clippers_step_twice(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage()[:50] for r in caplog.records] == [
         "clipper.step() was called twice with the same grad"
     ]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_39_a_step_before_the_clippers(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Noticed when it has been taken: said once, from the second iteration on."""
+    net = model()
+    opt = OPTIMIZERS[kind](net.parameters())
+    clipper = distclip.Clipper(net, distclip.GlobalNorm(0.5))
+    for seed in range(4):
+        opt.zero_grad()
+        backward(net, seed=seed)
+        opt.step()
+        clipper.step(opt)
+    assert [r.getMessage()[:57] for r in caplog.records] == [
+        "optimizer.step() was called before clipper.step(optimizer"
+    ]
+    assert "Delete the line optimizer.step()" in caplog.text
 
 
 def test_39_no_gradient_is_kept_alive() -> None:
