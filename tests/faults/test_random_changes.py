@@ -574,6 +574,8 @@ def _rounds(rank: int, seeds: list[int], directory: str) -> list[Played]:
         found.append(played)
         del turn
         gc.collect()
+        if seed == seeds[0]:
+            gc.freeze()  # what torch has imported by now need not be looked through every time
         if any(step.ended == "crash" for step in played.steps):
             break
     return found
