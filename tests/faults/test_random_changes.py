@@ -646,7 +646,7 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
     while left:
         job, left = left[:IN_A_JOB], left[IN_A_JOB:]
         try:
-            ranks = pool(SIZE).run(Job(__name__, "_rounds", (job, str(directory)), {}, True), 90.0)
+            ranks = pool(SIZE).run(Job(__name__, "_rounds", (job, str(directory)), {}, True), 300.0)
         except RankFailure as failure:
             notes = [(directory / str(r)).read_text() for r in range(SIZE)]
             wrong.append("a hang\n    " + "\n    ".join(notes) + f"\n{str(failure)[-3000:]}")
