@@ -370,7 +370,7 @@ class Round:
         flat = world.flat is not None
         shapes = [(n, () if flat else tuple(p.shape), len(world.piece_of(p))) for n, p in trains]
         kinds = [str(p.dtype) for _, p in trains]
-        converted = self.planned is not None and kinds != self.kinds
+        converted = self.planned is not None and set(kinds) != set(self.kinds)
         mine = (world.stage, self._has_changed(state), shapes, kinds, terms, converted)
         everyone: list[Any] = [None] * SIZE
         dist.all_gather_object(everyone, mine)
