@@ -171,7 +171,8 @@ def tied(world: World, rng: random.Random, _: Any) -> None:
 
 def _is_not_fsdp(world: World, optimizer: Any) -> bool:
     """FSDP2 does not expect that a parameter of its own is another, and raises in ``_apply``."""
-    return world.flat is None and not any(isinstance(m, FSDPModule) for m in world.models)
+    sharded = "sharded" in world.kind or any(isinstance(m, FSDPModule) for m in world.models)
+    return world.flat is None and not sharded
 
 
 @change("a plain parameter where a cut one was", fits=_is_not_fsdp)
