@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
 import distclip
+from tests import oracle
 from tests.faults.ways import BOUND
 from tests.harness import on_ranks
 from tests.layouts import mesh2
@@ -80,7 +82,9 @@ def summoned_one(m: FSDP1) -> None:
 
 
 def saved(m: FSDP1) -> None:
-    m.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NO_SHARD says that it returns the whole
+        m.state_dict()
 
 
 def backward_again(m: FSDP1) -> None:
@@ -102,29 +106,32 @@ BETWEEN = {
 }
 
 
+def averaged() -> float:
+    """The norm of the gradient that all ranks have together, of the model as it is without FSDP1."""
+    m = mlp().double()
+    m(x().double()).square().sum().backward()
+    for p in m.parameters():
+        dist.all_reduce(p.grad)
+    return oracle.norm(p.grad / dist.get_world_size() for p in m.parameters() if p.grad is not None)
+
+
 def check(m: FSDP1, between: Callable[[FSDP1], None], accuracy: float = 1e-5) -> None:
-    """Against torch's own method, which is asked at a bound that clips nothing."""
+    want = averaged() * (2 if between is backward_again else 1)
+    assert want > 4 * BOUND
     clipper = distclip.Clipper(m, distclip.GlobalNorm(BOUND))
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
     ways: list[Callable[[], Any]] = [
         lambda: clipper.clip().total_norm,
         lambda: distclip.clip_grad_norm_(m, BOUND),
         lambda: distclip.total_grad_norm([m]),
     ]
-    for way in (*ways, *ways[:2]):
-        m.zero_grad()
+    for way in (*ways, ways[0]):
+        optimizer.zero_grad()  # and not the module's, which may show views in place of its parameters
         backward(m)
         between(m)
-        got = way().item()
-        m.zero_grad()
-        backward(m)
-        if between is backward_again:
-            backward(m)
-        want = m.clip_grad_norm_(1e9).item()
-        assert want > 4 * BOUND
-        assert got == pytest.approx(want, rel=accuracy)
+        assert way().item() == pytest.approx(want, rel=accuracy)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 @pytest.mark.parametrize("strategy", SHARDED)
 @on_ranks(2)
@@ -143,9 +150,9 @@ def test_37_hybrid(rank: int, strategy: str, use_orig_params: bool) -> None:
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
-@pytest.mark.parametrize("kind", ["mixed precision", "bfloat16 gradients", "offload"])
+@pytest.mark.parametrize("kind", ["mixed precision", "bfloat16 gradients"])
 @on_ranks(2)
-def test_37_precision_and_offload(rank: int, kind: str, use_orig_params: bool) -> None:
+def test_37_precision(rank: int, kind: str, use_orig_params: bool) -> None:
     kwargs: dict[str, Any] = {
         "mixed precision": {
             "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -155,12 +162,11 @@ def test_37_precision_and_offload(rank: int, kind: str, use_orig_params: bool) -
                 param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, keep_low_precision_grads=True
             )
         },
-        "offload": {"cpu_offload": CPUOffload(offload_params=True)},
     }[kind]
     for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
         for between in (nothing, forward):
             m = wrapped(strategy, use_orig_params=use_orig_params, **kwargs)
-            check(m, between, accuracy=1e-2 if "bfloat16" in kind else 1e-5)
+            check(m, between, accuracy=3e-2)
 
 
 @pytest.mark.parametrize("strategy", [k for k in SHARDED if k != "NO_SHARD"])
@@ -178,19 +184,14 @@ def test_37_lists(rank: int, strategy: str) -> None:
                 sharding_strategy=SHARDED[strategy],
             )
             given = early if before else list(m.parameters())
-            backward(m)
-            want = m.clip_grad_norm_(1e9).item()
-            m.zero_grad()
+            want = averaged()
             backward(m)
             if seen:
                 assert distclip.total_grad_norm(m).item() == pytest.approx(want, rel=1e-5)
-            try:
-                got = distclip.clip_grad_norm_(given, BOUND).item()
-            except distclip.OwnershipError as error:
-                assert not seen
-                assert "pass the FSDP module itself" in str(error)
+                assert distclip.clip_grad_norm_(given, BOUND).item() == pytest.approx(want, rel=1e-5)
             else:
-                assert got == pytest.approx(want, rel=1e-5)
+                with pytest.raises(distclip.OwnershipError, match="pass the FSDP module itself"):
+                    distclip.clip_grad_norm_(given, BOUND)
 
 
 @on_ranks(2)
