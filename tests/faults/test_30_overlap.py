@@ -370,6 +370,36 @@ def captured_graph_of_gradients(run: Run, step: int) -> None:
     (loss + grads[0].square().sum()).backward()
 
 
+@program
+def replaced_layer(run: Run, step: int) -> None:
+    if step in (1, 3):
+        torch.manual_seed(step)
+        run.bare.deep = nn.Linear(6, 6)
+    plain(run, step)
+
+
+@program
+def added_and_removed(run: Run, step: int) -> None:
+    """Found by the clip, which then listens to the new one."""
+    if step == 1:
+        run.bare.scale = nn.Parameter(torch.full((6,), 2.0))
+    if step == 4:
+        del run.bare.scale
+    run.model.zero_grad()
+    loss = run.loss(step)
+    if hasattr(run.bare, "scale"):
+        loss = loss + run.bare.scale.square().sum()
+    loss.backward()
+
+
+@program
+def other_object_of_the_same_parameter(run: Run, step: int) -> None:
+    """``load_state_dict(assign=True)``."""
+    if step == 2:
+        run.model.load_state_dict({k: v.clone() for k, v in run.model.state_dict().items()}, assign=True)
+    plain(run, step)
+
+
 def clip(run: Run) -> Tensor:
     if run.opt is not None:
         return run.clipper.step(run.opt, run.kept[0]).total_norm
@@ -476,7 +506,8 @@ LEFT_OUT = {
     "fsdp2": {"half_and_a_whole", "captured_graph_of_gradients"},
     "fsdp2, kept": set(PROGRAMS) - OF_ALL - {"accumulates", "towers_in_turn"},
 }
-ON_TWO_RANKS = [(w, name) for w in WRAPPERS for name in PROGRAMS if name not in LEFT_OUT[w]]
+REPLACE = {"replaced_layer", "added_and_removed", "other_object_of_the_same_parameter"}  # unseen by DDP
+ON_TWO_RANKS = [(w, name) for w in WRAPPERS for name in PROGRAMS if name not in LEFT_OUT[w] | REPLACE]
 
 
 @pytest.mark.parametrize(("wrapper", "name"), ON_TWO_RANKS)
