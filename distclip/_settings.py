@@ -46,7 +46,10 @@ def _words_of_module(module: nn.Module, depth: int) -> list[str]:
         if key not in _OF_MODULES and not (ours and key.startswith("_")) and "rank" not in key:
             words.append(f"{key}={_word(value, depth)}")
     if isinstance(module, Strategy):
-        words += [f"{argument}={len(module.get_buffer(name))}" for name, argument in module.sizes.items()]
+        sized = {
+            module.sizes[name]: buffer for name, buffer in module.named_buffers() if name in module.sizes
+        }
+        words += [f"{argument}={len(buffer)}" for argument, buffer in sized.items()]
     for name, child in module.named_children():
         if isinstance(child, Strategy):
             words.append(f"{name}={described(child, depth)}")
