@@ -166,8 +166,8 @@ def test_37_precision(rank: int, kind: str, use_orig_params: bool) -> None:
     for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
         for between in (nothing, forward):
             m = wrapped(strategy, use_orig_params=use_orig_params, **kwargs)
-            # With mixed precision a forward pass that has no backward pass leaves torch in a state in which the
-            # next backward pass synchronises nothing.
+            # With mixed precision a forward pass that has no backward pass leaves torch in a state in which
+            # the next backward pass synchronises nothing.
             check(m, between, accuracy=3e-2, steps=1 if between is forward else 4)
 
 
