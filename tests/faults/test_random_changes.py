@@ -298,6 +298,9 @@ class Round:
                 ranks = [one] if self.alone or is_part else sorted(some)
             self._say(f"{words}" + (f" on rank(s) {ranks}" if len(ranks) < SIZE else ""))
             self.is_unlike = self.is_unlike or (len(ranks) < SIZE and not harmless)
+            # What lists hold on of a module is not declared by its name there any more.
+            holds_on = bool(world.own) and not harmless and "module" not in self.source_kind
+            self.is_unlike = self.is_unlike or holds_on
             if dist.get_rank() in ranks:
                 CHANGES[words].run(world, own, self.optimizer)
                 self.declared += words.startswith("declared")
@@ -443,7 +446,7 @@ class Round:
                 always |= {"policy"} if self.entrance == "function" and self.policy != "raise" else set()
             if self.oracle.kind in UNLAPPED:
                 always -= {"overlap"}
-            if self.policy == "zero":
+            if self.policy == "zero" and self.clipper is not None:
                 always -= {"policy"}
             if self.odd in always:
                 return "error"
@@ -455,6 +458,8 @@ class Round:
         if all(changed) and not shapes_alike:
             return "error"
         converted = {m[5] for m in mates}  # of the first parameter it is noticed
+        if len(converted) > 1 and self.is_pure:
+            return "alone"
         return "right" if alike and len(converted) == 1 and not self.is_unlike else "either"
 
     def _clip(self, listed: list[tuple[str, Tensor]]) -> tuple[Tensor, Any]:
