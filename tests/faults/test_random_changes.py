@@ -662,7 +662,6 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
             left = job[at + 1 :] + left
             continue
         done = len(ranks[0])
-        print(f"round {job[done - 1]}", flush=True)
         counts["rounds"] += done
         for number in range(done):
             played = [r[number] for r in ranks]
@@ -673,6 +672,7 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
                     counts["wrong"] += 1
                     words = "; ".join(played[0].words)
                     wrong.append(f"round {played[0].seed}: {words}\n    {what}")
+        print(f"round {job[done - 1]}: {dict(counts)}", flush=True)
         if done < len(job) or any(s.ended == "crash" for r in ranks for s in r[-1].steps):
             pool(SIZE).kill()
             left = job[done:] + left
@@ -683,7 +683,6 @@ def play(seeds: Sequence[int], directory: Path) -> tuple[Counter[str], list[str]
 @pytest.mark.timeout(3600)
 def test_random_changes(tmp_path: Path) -> None:
     counts, wrong = play(range(SEED, SEED + ROUNDS), tmp_path)
-    print(dict(counts))
     assert not wrong, f"{len(wrong)} of {dict(counts)}\n" + "\n\n".join(wrong[:8])
     assert counts["rounds"] == ROUNDS
     assert ROUNDS < 100 or counts["right"] > counts["steps"] // 2
