@@ -251,8 +251,9 @@ def collected(world: World, rng: random.Random, _: Any) -> None:
 
 @change("the models copied")
 def copied(world: World, rng: random.Random, _: Any) -> None:
-    if world.kind in ("replicas", "experts"):
-        world.keep.append(copy.deepcopy(world.nets()[0]))
+    (net, *_) = world.nets()
+    if world.kind in ("replicas", "experts") and not any(isinstance(m, FSDPModule) for m in net.modules()):
+        world.keep.append(copy.deepcopy(net))
 
 
 # --- gradients, of one step -----------------------------------------------------------------------------
