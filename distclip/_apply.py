@@ -182,8 +182,10 @@ def changes(outcome: Outcome, *, offloaded: bool = False) -> bool:
     the coefficient has to arrive before they can be multiplied.
     """
     changed = outcome.report.clipped
-    if torch.compiler.is_compiling() or type(changed) is not Tensor or not (changed.is_cpu or offloaded):
+    if torch.compiler.is_compiling() or not (changed.is_cpu or offloaded):
         return True
+    if changed.is_cpu and type(changed) is not Tensor:
+        return True  # a fake one has no value
     if outcome.factor is not None:
         changed = changed | (outcome.factor != 1)
     if outcome.zero is not None:

@@ -91,7 +91,7 @@ class ParameterSet:
         self._managed: list[int] = []  # positions of those of FSDP1
         self._life: weakref.ref[dist.ProcessGroup] | None = None
         self._calls = 0
-        self._agreed_on_state = False
+        self._agreed_on_state = not strategy.state_dict()  # a drop-in has none
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
         # By id of the parameter: what its source calls it, and what it is called here.
         self._names: dict[int, tuple[weakref.ref[Life], str, str]] = {}

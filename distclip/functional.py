@@ -269,7 +269,9 @@ class _Entry:
     """What is known of one list.
 
     Attributes:
-        parameters: None once a tensor of it has died, whose address may be another's.
+        set: what is known.
+        parameters: likewise, None once a tensor of it has died, whose address may be another's.
+        meshes: over which its tensors lie; None for plain ones.
     """
 
     def __init__(self, key: tuple[Any, ...], tensors: list[Tensor], norm_type: float, policy: str) -> None:
@@ -277,7 +279,9 @@ class _Entry:
         self._lock = threading.RLock()
         self.strategy = AsCalled(norm_type)
         options = {"norm_type": norm_type, "on_nonfinite": policy}
-        self.parameters: ParameterSet | None = ParameterSet(self.strategy, keep=False, options=options)
+        self.set = ParameterSet(self.strategy, keep=False, options=options)
+        self.parameters: ParameterSet | None = self.set
+        self.meshes = _meshes_of(tensors)
         me = weakref.ref(self)
 
         def end(_: object) -> None:
@@ -285,6 +289,11 @@ class _Entry:
                 entry.parameters = None
 
         self._lives = [weakref.ref(life_of(t), end) for t in tensors if isinstance(t, Tensor)]
+
+    @property
+    def living(self) -> list[int]:
+        """The ids of its tensors that still live."""
+        return [life.owner for reference in self._lives if (life := reference()) is not None]
 
     def alone(self) -> contextlib.AbstractContextManager[object]:
         """Around a call: another thread may measure the same parameters."""
@@ -312,10 +321,11 @@ def _known_of(
     tensors = bare_tensors(parameters)
     asked = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"))
     key = (*asked, *map(id, tensors))
-    entry = _known.get(key)
+    entry, former = _known.get(key), None
     if entry is None or not torch.compiler.is_compiling():
         with _lock:
             if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
+                former = _former_list(parameters, asked, tensors)
                 entry = _Entry(key, tensors, norm_type, policy)
                 _known[key] = _order[entry.number] = entry
                 while len(_order) > 1 and sum(e.size for e in _order.values()) > _MOST_KNOWN:
@@ -324,9 +334,32 @@ def _known_of(
                         del _known[oldest.key]
             if entry.number in _order:
                 _order.move_to_end(entry.number)
+    if former is not None:
+        former.leave()
     if entry.parameters is not None and not torch.compiler.is_compiling():
         _note_source(parameters, asked, entry.parameters)
     return parameters, tensors, entry
+
+
+def _former_list(
+    parameters: Parameters, asked: tuple[Any, ...], tensors: list[Tensor]
+) -> ParameterSet | None:
+    """What is known of the list that this new one has come from, where the caller makes lists: the latest
+    that shares a tensor with it. Its meshes are among these here, and so are its ranks: those for which
+    nothing has changed wait in its step, and are told."""
+    if not isinstance(parameters, list | tuple) or any(isinstance(p, nn.Module) for p in parameters):
+        return None
+    if asked[1] is not None:
+        return None  # what has become of the lists of other stages is not known
+    ids, meshes = set(map(id, tensors)), _meshes_of(tensors)
+    for entry in reversed(_order.values()):
+        if entry.key[: len(asked)] == asked and not ids.isdisjoint(entry.living):
+            return entry.set if entry.meshes <= meshes else None
+    return None
+
+
+def _meshes_of(tensors: Iterable[Any]) -> set[DeviceMesh | None]:
+    return {t.device_mesh if isinstance(t, DTensor) else None for t in tensors}
 
 
 # By the module or optimizer (the first, of several modules) that a list was last read from, and by what was

@@ -64,7 +64,7 @@ def test_module_to_while_gradients_are_there(rank: int, dtype: torch.dtype, buil
         assert_right(clip, model)
 
 
-@pytest.mark.parametrize("way", ["clip", "step"])
+@pytest.mark.parametrize("way", ["clip", "step", "function"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @on_ranks(2)
 def test_another_dtype_in_every_stage(rank: int, dtype: torch.dtype, way: str) -> None:
@@ -138,3 +138,22 @@ def test_an_evaluation_is_no_step_without_synchronisation(
     error = raised(clip)
     assert error == "OwnershipError"
     return error
+
+
+@pytest.mark.parametrize("kind", ["longer", "another head"])
+@on_ranks(2)
+def test_lists_of_drop_ins_that_change_on_one_rank(rank: int, kind: str) -> str:
+    """They are known by their tensors: the list that shares some with the one before comes from it."""
+    model = sharded()
+    clip = Way("list", model)
+    for step in range(3):
+        planted(model, step)
+        clip()
+    if rank == 1:
+        if kind == "longer":
+            model.append(nn.Linear(4, 4))
+        else:
+            model[2] = nn.Linear(8, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return raised(clip) or f"nothing on rank {rank}"

@@ -287,11 +287,11 @@ class Round:
             own = random.Random(rng.random())
             harmless = words in HARMLESS
             cannot_tell = self.is_pure and self.steps and not self.alone and not harmless
-            # A drop-in knows a list by its tensors: nothing tells that another was this one.
+            # A drop-in knows a list by its tensors: where none is left, nothing tells that it was this one.
+            # (Nor of stages, whose lists change by themselves.)
             makes_lists = self.clipper is None and self.source_kind in ("list", "named") and self.steps
-            cannot_tell = cannot_tell or (makes_lists and not harmless)
-            if self.clipper is None and "one stage sharded" in world.kind and words in CONVERSIONS:
-                continue  # the drop-in of one stage begins anew there, of the other goes on: both raise
+            if makes_lists and not harmless:
+                cannot_tell = cannot_tell or words in ALL_REPLACED or "stages" in world.kwargs
             if on_some and CHANGES[words].some and not cannot_tell:
                 # (Where all change to whom a step's message goes, they wait for their copies.)
                 is_part = len(world.circle) < len(world.mates)
@@ -525,7 +525,7 @@ class Round:
 
 
 ODD = {"threshold": "", "policy": "", "overlap": "", "order": "", "one less": ""}
-CONVERSIONS = {"bfloat16", "float64"}
+ALL_REPLACED = {"load_state_dict(assign=True)", "to meta and to_empty", "bfloat16", "float64"}
 HARMLESS = ["a new process group", "collected garbage", "the models copied"]
 
 
