@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _declarations
 from distclip._arguments import require_material
+from distclip._as_called import AsCalled
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
 from distclip._in_backward import require_gradients_after_backward
@@ -173,7 +174,8 @@ class ParameterSet:
         """Whether this rank has other settings than were agreed upon, and nothing that is compared tells so.
         (A drop-in is told its settings in each call.)"""
         compares = self.plan is not None and self.plan.compared != ()
-        return self._keep and not compares and self._settings() != self._settled
+        as_called = isinstance(self._strategy, AsCalled)
+        return not as_called and not compares and self._settings() != self._settled
 
     def _is_proven(self) -> bool:
         """Whether a plan that was made before the first step has compared all gradients that it has to."""

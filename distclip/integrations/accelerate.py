@@ -463,10 +463,12 @@ class Installed:
         key = (norm_type, *map(id, tensors))
         if key not in self._lists:
             models = self._accelerator._models
-            if (former := self._former(tensors, norm_type)) is not None:
+            if norm_type is None and (former := self._former(tensors)) is not None:
                 self._lists[key] = self._lists.pop(former)
                 self._lists[key].hold(tensors, models)
                 return self._lists[key]
+            if norm_type is not None and self._options["stages"] is None:
+                self._leave(norm_type, set(map(id, tensors)))
             self._drop_dead()
             strategy = self._strategy_of_one() if norm_type is None else AsCalled(norm_type)
             self._count += 1
@@ -477,17 +479,24 @@ class Installed:
         self._lists.move_to_end(key)
         return self._lists[key]
 
-    def _former(self, tensors: list[Tensor], norm_type: float | None) -> tuple[Any, ...] | None:
+    def _leave(self, norm_type: float, ids: set[int]) -> None:
+        """A new list has come from the latest that shares parameters with it, or has none that train: ranks
+        for which nothing has changed wait in the step of that one, and are told."""
+        trained = {id(p) for m in self._accelerator._models for p in m.parameters() if p.requires_grad}
+        for key, lst in reversed(self._lists.items()):
+            if key[0] == norm_type and not (lst.ids.isdisjoint(ids) and not lst.ids.isdisjoint(trained)):
+                lst.clipper.leave()
+                return
+
+    def _former(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
         """The key of the list that the script has changed into this one, whose state goes on: it shares
         parameters, and those that it has beside are in no model any more, or frozen."""
         here = set(map(id, tensors))
         trained = {id(p) for m in self._accelerator._models for p in m.parameters() if p.requires_grad}
         for key, lst in self._lists.items():
-            if key[0] != norm_type:
-                continue
-            if not lst.ids.isdisjoint(here) and not (lst.ids - here) & trained:
+            if lst.decided and not lst.ids.isdisjoint(here) and not (lst.ids - here) & trained:
                 return key
-            if lst.ids.isdisjoint(here) and lst.ids.isdisjoint(trained):
+            if lst.decided and lst.ids.isdisjoint(here) and lst.ids.isdisjoint(trained):
                 return key  # all of them replaced, or adapters trained in their place
         return None
 
