@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distclip._life import Life, life_of
 from distclip._parameters import NamedParameter, walk_modules
-from distclip._placement import SUMMED, Declaration, whole_shape
+from distclip._placement import SUMMED, Declaration
+from distclip._places import Place, place_of
 
 _of_modules: weakref.WeakKeyDictionary[nn.Module, dict[str, Declaration]] = weakref.WeakKeyDictionary()
 _of_parameters: dict[int, _OfParameter] = {}  # by id, for as long as it lives
@@ -20,8 +21,8 @@ _sums_forgotten: dict[int, weakref.ref[Life]] = {}  # by id of those whose hook 
 
 made = 0
 """Declarations so far: a plan that was made before the last of them may be out of date."""
-# Shapes and labels of parameters that died before any plan took note of what was declared of them.
-_lost: list[tuple[tuple[int, ...], str]] = []
+# Where parameters and modules stood that have died, and what was declared of them.
+_lost: list[tuple[Place, str]] = []
 
 
 def add_to_module(module: nn.Module, declaration: Declaration) -> None:
@@ -36,22 +37,18 @@ def add_to_names(module: nn.Module, declarations: Mapping[str, Declaration]) -> 
         made += 1
         of_module[name] = replace(declaration, number=made)
     if not isinstance(vars(module).get(_COMPANION), _Companion):
-        vars(module)[_COMPANION] = _Companion(module)
-    shapes = {p.name: whole_shape(p.tensor) for p in walk_modules([module])}
-    vars(module)[_COMPANION].shapes |= {
-        n: (shapes[n], d.label) for n, d in declarations.items() if n in shapes
-    }
+        label = next((d.label for d in declarations.values()), "declared")
+        vars(module)[_COMPANION] = _Companion(module, place_of(module), label)
 
 
 def add_to_parameter(parameter: Tensor, declaration: Declaration) -> None:
     global made
     made += 1
-    key, shape, label = id(parameter), whole_shape(parameter), declaration.label
+    key, place, label = id(parameter), place_of(parameter), declaration.label
 
     def forget(_: object) -> None:
-        gone = _of_parameters.pop(key, None)
-        if gone is not None and not gone.planned:
-            _lost.append((shape, label))
+        _of_parameters.pop(key, None)
+        _miss(place, label)
 
     _of_parameters[key] = _OfParameter(
         weakref.ref(life_of(parameter), forget), replace(declaration, number=made)
@@ -66,15 +63,11 @@ class _Companion:
 
     A deep copy of the module is declared as the module is. What is loaded from a pickle is mostly in another
     process, with other groups: it has a text here that tells what was declared.
-
-    Attributes:
-        shapes: and labels, by name; emptied when a plan has taken note.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, place: Place | None = None, label: str = "") -> None:
         self._module = weakref.ref(module)
-        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-        weakref.finalize(module, _forget_module, self.shapes).atexit = False
+        weakref.finalize(module, _miss, place, label).atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Companion | None:
         module = self._module()
@@ -82,7 +75,6 @@ class _Companion:
         if module is None or copy is None:
             return None
         _of_modules[copy] = dict(_of_modules.get(module, {}))
-        self.shapes.clear()  # one of the two may well go before any clip
         return _Companion(copy)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -92,8 +84,9 @@ class _Companion:
         return str, (", ".join(told[:2]) + (", …" if told[2:] else ""),)
 
 
-def _forget_module(shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    _lost.extend(shapes.values())
+def _miss(place: Place | None, label: str) -> None:
+    if place is not None and place.holder() is not None:  # else the whole model goes
+        _lost.append((place, label))
 
 
 def require_none_pickled(modules: Sequence[nn.Module]) -> None:
@@ -115,7 +108,6 @@ def require_none_pickled(modules: Sequence[nn.Module]) -> None:
 class _OfParameter:
     life: weakref.ref[Life]
     declaration: Declaration
-    planned: bool = False
 
 
 class Declared:
@@ -137,9 +129,6 @@ class Declared:
         for module, declarations in list(_of_modules.items()):
             present = {p.name: p.tensor for p in walk_modules([module])}
             concerned = any(id(t) in mine for t in present.values())
-            companion = vars(module).get(_COMPANION)
-            if concerned and isinstance(companion, _Companion):
-                companion.shapes.clear()
             for name, declaration in declarations.items():
                 tensor = present.get(name)
                 if tensor is None:
@@ -154,10 +143,8 @@ class Declared:
         self.by_object = set[str]()
         for p in parameters:
             own = _of_parameters.get(id(p.tensor))
-            if own is not None:
-                own.planned = True
-                if self._add(p.tensor, own.declaration):
-                    self.by_object.add(p.name)
+            if own is not None and self._add(p.tensor, own.declaration):
+                self.by_object.add(p.name)
         self._require_none_lost(parameters)
         for p in parameters:
             declared = self.of.get(id(p.tensor))
@@ -176,15 +163,14 @@ class Declared:
         return True
 
     def _require_none_lost(self, parameters: Sequence[NamedParameter]) -> None:
-        if not _lost:
-            return
-        lost = dict(_lost)
-        for p in parameters:
-            label = lost.get(whole_shape(p.tensor)) if id(p.tensor) not in self.of else None
-            if label is not None:
-                _lost.clear()
+        names = {id(p.tensor): p.name for p in parameters if id(p.tensor) not in self.of} if _lost else {}
+        for lost in list(_lost):
+            place, label = lost
+            if place.holder() is None:
+                _lost.remove(lost)
+            for name in [names[id(t)] for t in place.tensors() if id(t) in names]:
                 raise ValueError(
-                    f"{p.name} has the shape of a parameter that was {label} and is gone, and nothing is "
+                    f"{name} has taken the place of a parameter that was {label} and is gone, and nothing is "
                     "declared of it: load_state_dict(assign=True), to_empty() and fully_shard put others in "
                     "the place of parameters. Declare it now, or declare the module, whose names stay. "
                     "(declare(parameter, sharded_over=()) says that it is an ordinary replica.)"

@@ -565,14 +565,13 @@ def _join(parts: list[dict[Key, tuple[float, float]]]) -> tuple[dict[Key, tuple[
 
 @on_ranks(SIZE)
 def _rounds(rank: int, seeds: list[int], directory: str) -> list[Played]:
-    from distclip import _arrival, _declarations
+    from distclip import _arrival
 
     at_most, patience = _arrival._timeout_of, _arrival.PATIENCE
     torch.autograd.set_multithreading_enabled(False)
     note = Path(directory, str(rank))
     found: list[Played] = []
     for seed in seeds:
-        _declarations._lost.clear()  # of the models of the round before
         turn = Round(seed, note)
         if turn.alone:
             _arrival._timeout_of, _arrival.PATIENCE = lambda group: GIVES_UP, GIVES_UP / 2
