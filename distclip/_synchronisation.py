@@ -157,14 +157,16 @@ class Synchronisation:
         return None
 
     def _ddp_was_off(self) -> bool:
-        """Whether DDP has synchronised nothing since the last call, and its last forward pass said so.
+        """Whether DDP has synchronised nothing since the last call (before the first: ever), and its last
+        forward pass said so.
 
         (An evaluation says so too, and some ranks may evaluate alone: it must not count.)
         """
         was_off = False
         for module in self._ddp:
             times = module.reducer.get_backward_stats() if hasattr(module, "reducer") else []
-            before = self._synchronised.get(module)
+            never = [] if any(time > 0 for time in times) else times
+            before = self._synchronised.get(module, never)
             self._synchronised[module] = times
             was_off = was_off or (not module.require_forward_param_sync and times == before)
         return was_off

@@ -152,7 +152,7 @@ LISTS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("strategy", "which"), [(s, "all") for s in STRATEGIES] + [("with state", which) for which in LISTS][1:]
+    ("strategy", "which"), [("as called", "all"), *[("with state", which) for which in LISTS]]
 )
 @pytest.mark.parametrize("change", CHANGES)
 def test_22_accelerate(change: Any, strategy: str, which: str) -> None:

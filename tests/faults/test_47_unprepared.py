@@ -280,7 +280,9 @@ SCALED = [
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(("row", "fp16"), [(row, None) for row in SKIPPED] + [(row, SCALE) for row in SCALED])
+@pytest.mark.parametrize(
+    ("row", "fp16"), [(row, None) for row in SKIPPED] + [(row, SCALE) for row in SCALED[::2]]
+)
 def test_47_a_step_is_left_out_whoever_takes_it(row: str, fp16: float | None, bad: str) -> None:
     with accelerator("single", fp16=fp16) as a:
         s = Script(a, SkipAbove(), **OPTIONS[bad])
