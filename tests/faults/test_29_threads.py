@@ -105,7 +105,7 @@ def test_29_each_its_own(work: Callable[[int], None]) -> None:
 
 
 def test_29_everything_at_once() -> None:
-    kinds = [clip_grad_norm, given_norms, clippers, steps, hooks, the_same_list]
+    kinds = [clip_grad_norm, given_norms, clippers, the_same_list]
     together(lambda k: kinds[k % len(kinds)](k))
 
 
