@@ -56,7 +56,7 @@ def _search() -> None:
         holder = weakref.ref(module)
         for held in _held_by(module):
             _places.update(
-                (id(thing), Place(holder, name)) for name, thing in held.items() if thing is not None
+                (id(thing), Place(holder, name)) for name, thing in list(held.items()) if thing is not None
             )
 
 

@@ -8,6 +8,7 @@ rank alike, but for one that never has any gradient at all: it counts as unchang
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,13 @@ LIVING: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every clipper there is."""
 
 
-def living() -> list[Any]:
-    """These, while other threads may make some."""
+def living_here() -> list[Any]:
+    """Those that this thread has used last, while other threads may make some. The gradients of another
+    thread's may be in the middle of a backward pass, which writes them without the interpreter's lock: to
+    read them then may crash the process."""
     refs = list(LIVING.data)  # type: ignore[attr-defined]  # in one go, as iterating over LIVING is not
-    return [clipper for ref in refs if (clipper := ref()) is not None]
+    here = threading.get_ident()
+    return [clipper for ref in refs if (clipper := ref()) is not None and clipper.thread == here]
 
 
 class Used:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from distclip._reduction import local_loss
 from distclip._report import ClipReport
 from distclip._sharing import Usage, claim, count_use, require_nobody_absent
 from distclip._source import witness_of
-from distclip._stepped import LIVING, AfterStep, StepGuard, Used, living
+from distclip._stepped import LIVING, AfterStep, StepGuard, Used, living_here
 from distclip._synchronisation import Synchronisation
 from distclip._verification import verify_counting
 from distclip.errors import NonFiniteError
@@ -155,6 +156,7 @@ class Clipper:
             },
         )
         self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
+        self.thread = threading.get_ident()  # that has used it last
         LIVING.add(self)
 
     @property
@@ -348,8 +350,10 @@ class Clipper:
             ValueError, OwnershipError, SettingsError: on every rank.
         """
         self._window.require_complete()
-        if not self._usage.clips and not torch.compiler.is_compiling():
-            claim(self.strategy, self)
+        if not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
+            if not self._usage.clips:
+                claim(self.strategy, self)
         self._parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
         weighted = self._window.weights is not None
         joins = self._synchronisation_of_source.joins()
@@ -517,7 +521,7 @@ class Clipper:
         for each in optimizers:
             self._guard.taken(each, list(parameters_of(each)))
         if scaler is not None and update and not scaler._per_optimizer_states:
-            others = [(c, Used(c._bare())) for c in living() if c is not self]
+            others = [(c, Used(c._bare())) for c in living_here() if c is not self]
             states: Any = scaler._per_optimizer_states
             scaler._per_optimizer_states = AfterStep(states.default_factory, self._guard, optimizers, others)
         round_.add(optimizers, self._suitable.rest if self._suitable else [])

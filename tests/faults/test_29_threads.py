@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import distclip
 
@@ -99,13 +99,37 @@ def clippers(k: int) -> None:
             assert clipper.clip().total_norm.item() == pytest.approx(want(k))
 
 
-@pytest.mark.parametrize("work", [clip_grad_norm, the_same_list, given_norms, clippers])
+def steps(k: int) -> None:
+    for _ in range(6):
+        ps = parameters(k)
+        optimizer = torch.optim.SGD(ps, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        clipper = distclip.Clipper(ps, distclip.GlobalNorm(1.0), overlap=k % 2 == 0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum((p * (k + 1.0)).sum() for p in ps)
+            assert isinstance(loss, Tensor)
+            scaler.scale(loss).backward()
+            assert clipper.step(optimizer, scaler).total_norm.item() == pytest.approx(want(k))
+
+
+def hooks(k: int) -> None:
+    for _ in range(6):
+        ps = parameters(k)
+        for p in ps:
+            p.grad = None
+        with distclip.hooks.clip_norm(ps, 1.0, when="accumulated"):
+            torch.autograd.backward([(p * (k + 1.0)).sum() for p in ps])
+        assert [p.grad.norm().item() for p in ps if p.grad is not None] == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("work", [clip_grad_norm, the_same_list, given_norms, clippers, steps, hooks])
 def test_29_each_its_own(work: Callable[[int], None]) -> None:
     together(work)
 
 
 def test_29_everything_at_once() -> None:
-    kinds = [clip_grad_norm, given_norms, clippers, the_same_list]
+    kinds = [clip_grad_norm, given_norms, clippers, steps, hooks, the_same_list]
     together(lambda k: kinds[k % len(kinds)](k))
 
 
