@@ -128,7 +128,10 @@ class ParameterSet:
             current = self._plan_anew(parameters, param_norms)
             self._calls = calls
         else:
-            self._require_synchronised(current, compares)
+            assert self.plan is not None
+            culprit = self._require_synchronised(current)
+            if culprit == "DDP" or compares:
+                require_equal_gradients(self.plan, current, self._settings())
         if not self._keep:
             self.groups = None, None
         return current
@@ -322,7 +325,7 @@ class ParameterSet:
                 self._names[id(p.tensor)] = weakref.ref(life_of(p.tensor)), p.name, info.name
             self._take(parameters, read, synchronisation)
             self._gather_in_backward(parameters, tensors)
-        self._require_synchronised(tensors, compares=False)
+        self._require_synchronised(tensors)  # DDP's have been compared
         return tensors
 
     def _told_apart(self, named: Sequence[NamedParameter]) -> list[NamedParameter]:
@@ -402,12 +405,12 @@ class ParameterSet:
             return Synchronisation([*_modules_of(parameters), *self._watched])
         return self._synchronisation
 
-    def _require_synchronised(self, tensors: Sequence[Tensor], compares: bool) -> None:
-        """
+    def _require_synchronised(self, tensors: Sequence[Tensor]) -> str | None:
+        """``"DDP"`` where the gradients have to be compared to know.
+
         Raises:
-            ValueError, OwnershipError: on every rank: the gradients there are now are only this rank's own.
+            ValueError: on every rank: the gradients there are now are only this rank's own.
         """
-        assert self.plan is not None
         culprit = self._synchronisation.was_off([tensors[i] for i in self._managed])
         if culprit is not None and culprit != "DDP":
             raise ValueError(
@@ -415,8 +418,7 @@ class ParameterSet:
                 "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
                 "(clipper.accumulate does), then clip."
             )
-        if culprit == "DDP" or compares:
-            require_equal_gradients(self.plan, tensors, self._settings())
+        return culprit
 
 
 class _Read:

@@ -244,10 +244,10 @@ class InBackward:
                         line.scatter_reduce_(0, self._rows, of_line, "amax")
                     else:
                         line.index_add_(0, self._rows, of_line * self._shares)
-        changed = self._witness.tensors(self._model) is None
+        tensors = self._witness.tensors(self._model)
+        changed = tensors is None or begun_to_train(tensors, plan.frozen)
         try:
             before, after = reduce_message(sums, p, plan.group_name, outdated=changed)
-            changed = changed or begun_to_train(self._witness.tensors(self._model) or [], plan.frozen)
         except OutdatedPlan:
             changed = True
         if changed:

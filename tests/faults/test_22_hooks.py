@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+import distclip
 from distclip import hooks
 from tests.harness import on_ranks
+from tests.layouts import dtensor, mesh1
 
 BOUND = 1e-3
 
@@ -88,3 +91,27 @@ def test_22_hooks_in_replicas(rank: int, change: str) -> float:
         CHANGES[change](model)
         passed(DistributedDataParallel(model))
         return max(p.grad.norm().item() for p in model.parameters() if p.grad is not None) <= BOUND * 1.001
+
+
+@pytest.mark.parametrize("change", ["unfrozen", "replaced"])
+@on_ranks(2)
+def test_22_in_backward_changed_on_one_rank_only(rank: int, change: str) -> str:
+    """Told in the step's message: both raise in the same step."""
+    model = nn.Module()
+    model.w = dtensor((4, 4), mesh1(2), Shard(0))
+    model.b = nn.Parameter(torch.ones(2), requires_grad=False)
+    clip = distclip.InBackward(model, lambda ps: torch.optim.SGD(ps, lr=0.0), distclip.GlobalNorm(1.0))
+    told = ""
+    for step in range(2):
+        if step and rank == 1:
+            model.b = nn.Parameter(torch.ones(2), requires_grad=False) if change == "replaced" else model.b
+            model.b.requires_grad_(change == "unfrozen")
+        model.w.to_local().square().sum().backward()
+        if step == 0:
+            clip.end_step()
+            continue
+        with pytest.raises(ValueError, match="have changed since InBackward was made") as caught:
+            clip.end_step()
+        told = str(caught.value)
+    clip.remove()
+    return told
