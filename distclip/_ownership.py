@@ -47,6 +47,13 @@ _NAME_BYTES = 120
 _MOST_TIED = 1024  # stages that one parameter can be tied over
 
 
+@dataclass
+class Rounding:
+    """How far apart the copies of one plan have been said to be in the log, relatively."""
+
+    said: float = 0.0
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What only all ranks together know.
@@ -74,6 +81,7 @@ class Agreement:
     accelerated: bool = False
     comparable: tuple[int, ...] | None = ()
     proven: bool = True
+    rounding: Rounding = field(default_factory=Rounding)
 
 
 def agree(
@@ -159,6 +167,7 @@ def agree(
     high, low, extra = torch.split(message.T.cpu(), [words.size(1), words.size(1), 4], dim=1)
     code, group_of, units_of, lacks = extra.unbind(dim=1)
 
+    rounding = Rounding()
     fault = _first_fault(high, high + low) or _tie_fault(high)
     if fault is None:
 
@@ -166,7 +175,7 @@ def agree(
             own = offset <= row < offset + len(parameters)
             return repr(parameters[row - offset].name) if own else "one of another stage"
 
-        _say_how_far_apart((high + low)[:, 3:], name_of, scope)
+        _say_how_far_apart((high + low)[:, 3:], name_of, scope, rounding)
     names = names if scope.stages is None else _all_names(names, offset, total, group, device)
     if fault is not None:
         what, differing = fault
@@ -195,6 +204,7 @@ def agree(
         accelerated,
         comparable,
         proven=not bool((lacks > 0).any()),
+        rounding=rounding,
     )
 
 
@@ -203,10 +213,16 @@ def _tells_by_gradient(placement: Placement) -> bool:
     return placement.home is None and not placement.partial and not placement.shards
 
 
-def _say_how_far_apart(spread: Tensor, name_of: Callable[[int], str], scope: Scope) -> None:
-    """One log line where copies differ by rounding: training goes on, but somebody should look."""
+def _say_how_far_apart(
+    spread: Tensor, name_of: Callable[[int], str], scope: Scope, rounding: Rounding
+) -> None:
+    """One log line where copies differ by rounding, and one more where that has grown tenfold: training goes
+    on, but somebody should look."""
     apart = spread.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    if apart.numel() and float(apart.amax()) > EXACT and dist.get_rank() == scope.ranks[0]:
+    if not apart.numel() or dist.get_rank() != scope.ranks[0]:
+        return
+    if (most := float(apart.amax())) > max(EXACT, 9.9 * rounding.said):
+        rounding.said = most
         row = int(apart.amax(dim=1).argmax())
         logger.warning(
             "copies of parameter %s on different ranks are not equal to the last bit: they, or their "
@@ -225,6 +241,7 @@ def require_equal_gradients(
     scope: Scope,
     device: torch.device,
     settings: Mapping[str, str] | None,
+    rounding: Rounding,
 ) -> None:
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce.
 
@@ -259,7 +276,7 @@ def require_equal_gradients(
             "last micro-batch (clipper.accumulate does), after no_sync() and "
             f"set_requires_gradient_sync(False), then clip. Otherwise they are no replicas. {REMEDIES}"
         )
-    _say_how_far_apart(spread.T, lambda row: repr(names[row]), scope)
+    _say_how_far_apart(spread.T, lambda row: repr(names[row]), scope, rounding)
 
 
 def _facts(

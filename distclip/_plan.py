@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _ownership
 from distclip._declarations import Declared
-from distclip._ownership import agree
+from distclip._ownership import Rounding, agree
 from distclip._parameters import NamedParameter, ParameterInfo, order_in_modules
 from distclip._placement import Axis, Placement, PlacementReader, distinct, resolve_group
 from distclip._scope import Scope, find_scope, message_device
@@ -48,6 +48,7 @@ class Plan:
         compared: by parameter index, those whose gradients ranks compare now and then; None where only other
             ranks have some, and this one joins.
         proven: whether all of these had finite gradients on every rank when the plan was made.
+        rounding: how far apart their copies have been said to be.
         wide: whether any is float64 (complex128), of which there are norms whose powers leave float64. Alike
             on all ranks: false for pipeline stages, which do not know each other's dtypes.
     """
@@ -67,6 +68,7 @@ class Plan:
     first_dtype: torch.dtype
     compared: tuple[int, ...] | None = ()
     proven: bool = True
+    rounding: Rounding = field(default_factory=Rounding)
     wide: bool = False
 
     @property
@@ -155,6 +157,7 @@ def build_plan(
         first_dtype=tensors[0].dtype if tensors else torch.float32,
         compared=agreed.comparable,
         proven=agreed.proven,
+        rounding=agreed.rounding,
         wide=scope.stages is None and any(t.dtype in (torch.float64, torch.complex128) for t in tensors),
     )
 
@@ -200,6 +203,7 @@ def require_equal_gradients(
             plan.scope,
             plan.device,
             settings,
+            plan.rounding,
         )
 
 

@@ -156,4 +156,6 @@ def test_lists_of_drop_ins_that_change_on_one_rank(rank: int, kind: str) -> str:
             model[2] = nn.Linear(8, 4)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    return raised(clip) or f"nothing on rank {rank}"
+    error = raised(clip)
+    assert error == "OwnershipError"
+    return error
