@@ -176,7 +176,6 @@ def test_29_what_threads_leave_behind() -> None:
     assert len(functional._known) <= before + 4 * 2 * ROUNDS * 2 + 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_29_a_forked_process_goes_on() -> None:
     """Also where another thread was planning at that moment."""
