@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, eq, is_, itemgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from distclip._life import life_of
 from distclip._parameters import Parameters, walk_modules
 
 _requires_grad = attrgetter("requires_grad")
+_held = itemgetter("_parameters", "_modules")
 
 
 class Witness(Protocol):
@@ -52,22 +53,11 @@ class _OfModules:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
         inside = list({id(m): m for module in modules for m in module.modules()}.values())
-        held = [m._parameters for m in inside]
         # Whoever loads a whole module into another's __dict__ puts other dictionaries there.
         self._attributes = list(map(vars, inside))
-        self._held, self._held_children = held, [m._modules for m in inside]
-        full = [d for d in held if d]
-        self._filled = full
-        self._sizes = list(map(len, full))
-        self._dictionaries = [d for d in full for _ in d]  # one for each entry
-        self._keys = list(chain.from_iterable(full))
-        self._values = list(chain.from_iterable(map(dict.values, full)))
-        children = [m._modules for m in inside]
-        self._children = [d for d in children if d]
-        self._copies = [dict(d) for d in self._children]
+        self._copies = [(dict(m._parameters), dict(m._modules)) for m in inside]
         # Where a module defines equality in a way of its own, `==` would not tell that it is another one.
-        self._odd = [m for m in inside if type(m).__eq__ is not object.__eq__]
-        self._empty = [d for d in (*held, *children) if not d]
+        self._odd = any(type(m).__eq__ is not object.__eq__ for m in inside)
         self._tensors = [p.tensor for p in walk_modules(modules)]
 
     def tensors(self, parameters: Parameters) -> list[Tensor] | None:
@@ -76,21 +66,26 @@ class _OfModules:
         return self._tensors if self._hold(modules) else None
 
     def _hold(self, modules: list[Any]) -> bool:
-        if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
+        if self._odd or len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             return False
-        if any(self._empty) or self._odd or list(map(len, self._filled)) != self._sizes:
-            return False
-        attributes = self._attributes
         try:
-            if not all(map(is_, map(getitem, attributes, repeat("_parameters")), self._held)):
-                return False
-            if not all(map(is_, map(getitem, attributes, repeat("_modules")), self._held_children)):
-                return False
-            if not all(map(is_, map(getitem, self._dictionaries, self._keys), self._values)):
-                return False
-        except KeyError:
+            # One visit a module, as its memory is what takes the time. `==` of dictionaries asks first whether
+            # both hold the same object, and asks tensors for their equality only where they do not.
+            with _OtherTensor():
+                return all(map(eq, map(_held, self._attributes), self._copies))
+        except (_OtherTensorError, KeyError, RuntimeError):
             return False
-        return self._children == self._copies
+
+
+class _OtherTensorError(Exception):
+    pass
+
+
+class _OtherTensor(TorchFunctionMode):
+    """Tensors are asked whether they are equal: they are not the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _OtherTensorError
 
 
 def _is_scripted(module: nn.Module) -> bool:
