@@ -281,8 +281,7 @@ class ParameterSet:
     def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
-        # torch's own functions make numbers on the default device, which may be one without memory.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        with torch.inference_mode(False), torch.no_grad(), _on_cpu():
             named: list[NamedParameter] = []
             read, complaint = None, None
             try:
@@ -470,6 +469,13 @@ _CHANGED_ELSEWHERE = (
     "train), or something else keeps it from this step; not so on this rank. Nothing was clipped. Change "
     "them on every rank in the same step, or make a new Clipper on every rank then."
 )
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Numbers are made on the CPU, where the default device may be one without memory. (Only there, since
+    torch then passes each of its functions through Python.)"""
+    cpu = torch.device("cpu")
+    return contextlib.nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 def _tells_apart(strategy: Strategy) -> bool:
