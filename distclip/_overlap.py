@@ -22,9 +22,9 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import _kernels as kernels
 from distclip._averaging import Action, averaging_of
-from distclip._memory import MEASURABLE, Region, is_bare, lie_apart
+from distclip._memory import MEASURABLE, Region, lie_apart
 from distclip._placement import MANAGED
 from distclip._plan import Plan
 from distclip._reduction import is_offloaded, local_of
 from distclip._synchronisation import wrappers
 from distclip._transfer import on_device
-from distclip._writes import Mark, address, addresses, can_be_proven, is_marked, mark
+from distclip._writes import Mark, addresses, can_be_proven, is_marked, mark
 
 _BATCH = 1 << 20  # elements that are measured in one go
 _SAMPLED = 4  # gradients, 16 elements of each
 
 _gradient = attrgetter("grad")
 _version = attrgetter("_version")
+_kind = attrgetter("layout", "dtype", "is_nested", "is_meta", "is_quantized")
 
 logger = logging.getLogger("distclip")
 
@@ -163,11 +164,12 @@ class Overlap:
         places = [(n, self._index[id(p)]) for n, p in enumerate(parameters) if id(p) in self._index]
         if not places:
             return None
-        expected = _Expected([n for n, _ in places], [i for _, i in places])
-        for i in expected.parameters:
+        of = [i for _, i in places]
+        for i in of:
             self._measured[i] = _nothing
-            gradient = self._parameters[i].grad
-            expected.before.append(None if gradient is None else _state_of(gradient))
+        there = [i for i in of if self._parameters[i].grad is not None]
+        before = dict(zip(there, _states_of([self._parameters[i].grad for i in there]), strict=True))
+        expected = _Expected([n for n, _ in places], of, before)
         self._expected[self._queue()].append(expected)
         return partial(self._measure_bucket, expected)
 
@@ -176,7 +178,10 @@ class Overlap:
         averaged = [gradients[n] for n in expected.places]
         # DDP brings them into ``.grad`` at the end of backward: not before then are they what was measured.
         self._measure(expected.parameters, averaged)
-        expected.averaged = [(address(g), g._version, g.dtype, g.numel()) for g in averaged]
+        expected.averaged = [
+            (place, g._version, g.dtype, g.numel())
+            for g, place in zip(averaged, addresses(averaged), strict=True)
+        ]
 
     def _queue(self) -> int:
         """Have what has arrived measured at the end of this backward pass. Returns which that is."""
@@ -206,49 +211,57 @@ class Overlap:
         """Those gradients of a bucket that are now, to the last element, what DDP has averaged."""
         if expected.averaged is None:
             return
-        for i, before, (place, version, dtype, numel) in zip(
-            expected.parameters, expected.before, expected.averaged, strict=True
-        ):
-            gradient = self._parameters[i].grad
-            if gradient is None or before is None or gradient is not before.gradient():
+        there = [i for i in expected.before if self._parameters[i].grad is not None]
+        gradients: list[Any] = [self._parameters[i].grad for i in there]
+        states = dict(zip(there, zip(gradients, _states_of(gradients), strict=True), strict=True))
+        same: list[tuple[int, Tensor]] = []
+        for i, averaged in zip(expected.parameters, expected.averaged, strict=True):
+            if i not in states:
                 continue
+            before, (gradient, now) = expected.before[i], states[i]
             local = local_of(gradient)
-            if not _is_simple(local) or local.dtype != dtype or local.numel() != numel:
+            if now.gradient is not before.gradient or not _is_simple(local):
                 continue
-            now = _state_of(gradient)
-            is_bucket = (now.address, now.version) == (place, version)
+            place, version, dtype, numel = averaged
+            if local.dtype != dtype or local.numel() != numel:
+                continue
+            is_bucket = now.address == place and now.version == version
             # Else DDP has copied it there, in one operation, and nothing else has written.
-            is_copy = (now.address, now.version) == (before.address, before.version + 1)
-            if is_bucket or (is_copy and now.address != place):
-                self._note(i, gradient)
+            is_copy = now.address == before.address != place and now.version == before.version + 1
+            if is_bucket or is_copy:
+                same.append((i, gradient))
+        self._note(same)
 
     # --- measuring -------------------------------------------------------------------------------------
 
     def _measure_and_note(self, parameters: Sequence[int], gradients: Sequence[Any]) -> None:
         """Measures those that can be; the others count as not measured."""
+        noted: list[tuple[int, Tensor]] = []
         for i, gradient in zip(parameters, gradients, strict=True):
             self._measured[i] = _nothing
             if _is_simple(local_of(gradient)) and self._lies_as_its_parameter(i, gradient):
-                self._note(i, gradient)
+                noted.append((i, gradient))
+        self._note(noted)
         try:
             self._measure(parameters, gradients)
         except BaseException:
             self.forget()
             raise
 
-    def _note(self, i: int, gradient: Tensor) -> None:
-        """This is what is measured. Before that is read: what is written later can be told then."""
-        local = local_of(gradient)
-        if local.is_inference():  # has no version
-            return
-        found = mark(local) if can_be_proven(local) else None
-        if found is None and can_be_proven(local):
-            return
-        self._marks[i] = found
-        self._addresses[i], self._sizes[i] = address(local), _size_of(local)
-        self._versions[i], self._outer_versions[i] = local._version, gradient._version
-        # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
-        self._measured[i] = weakref.ref(local)
+    def _note(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
+        """These are what is measured. Before they are read: what is written later can be told then."""
+        locals_ = [local_of(gradient) for _, gradient in gradients]
+        for (i, gradient), local, place in zip(gradients, locals_, addresses(locals_), strict=True):
+            if local.is_inference():  # has no version
+                continue
+            found = mark(local) if can_be_proven(local) else None
+            if found is None and can_be_proven(local):
+                continue
+            self._marks[i] = found
+            self._addresses[i], self._sizes[i] = place, _size_of(local)
+            self._versions[i], self._outer_versions[i] = local._version, gradient._version
+            # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
+            self._measured[i] = weakref.ref(local)
 
     @torch.no_grad()
     def _measure(self, parameters: Sequence[int], gradients: Sequence[Tensor]) -> None:
@@ -417,8 +430,7 @@ class _Batch:
     elements: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
+class _State(NamedTuple):
     gradient: weakref.ref[Tensor]
     address: int
     version: int
@@ -430,13 +442,13 @@ class _Expected:
 
     Attributes:
         places, parameters: of the gradients in it that count: where each stands in it, and whose it is.
-        before: of each, its state before it is averaged; None where there is no gradient on this rank.
+        before: of those that this rank has, by parameter, their state before they are averaged.
         averaged: of each, once it is: address, version, dtype, number of elements.
     """
 
     places: list[int]
     parameters: list[int]
-    before: list[_State | None] = field(default_factory=list)
+    before: dict[int, _State]
     averaged: list[tuple[int, int, torch.dtype, int]] | None = None
 
 
@@ -444,9 +456,9 @@ def _nothing() -> None:
     """In place of the reference to a gradient that was measured."""
 
 
-def _state_of(gradient: Tensor) -> _State:
-    local = local_of(gradient)
-    return _State(weakref.ref(gradient), address(local), local._version)
+def _states_of(gradients: Sequence[Any]) -> list[_State]:
+    locals_ = list(map(local_of, gradients))
+    return list(map(_State, map(weakref.ref, gradients), addresses(locals_), map(_version, locals_)))
 
 
 def _current_stream(tensor: Tensor) -> Hashable:
@@ -456,11 +468,16 @@ def _current_stream(tensor: Tensor) -> Hashable:
 
 def _is_simple(local: Tensor) -> bool:
     return (
-        type(local) is Tensor
-        and is_bare(local)
-        and local.dtype in MEASURABLE
-        and not (local.is_conj() or local.is_neg())
+        type(local) is Tensor and _is_simple_kind(*_kind(local)) and not (local.is_conj() or local.is_neg())
     )
+
+
+@lru_cache(maxsize=256)
+def _is_simple_kind(
+    layout: torch.layout, dtype: torch.dtype, is_nested: bool, is_meta: bool, is_quantized: bool
+) -> bool:
+    strided = layout is torch.strided and not (is_nested or is_meta or is_quantized)
+    return strided and dtype in MEASURABLE
 
 
 def _some_of(gradient: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ class _OfModules:
         if self._odd or len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             return False
         try:
-            # One visit a module, as its memory is what takes the time. `==` of dictionaries asks first whether
-            # both hold the same object, and asks tensors for their equality only where they do not.
+            # One visit a module, as its memory is what takes the time. `==` of dictionaries asks first
+            # whether both hold the same object, and asks tensors for equality only where they do not.
             with _OtherTensor():
                 return all(map(eq, map(_held, self._attributes), self._copies))
         except (_OtherTensorError, KeyError, RuntimeError):
