@@ -2,7 +2,8 @@
 
 A program changes its parameters after they were first read: it replaces a head, registers a parameter, adds
 adapters, loads with ``assign=True``, swaps an optimizer's list. Looking again is cheap, since it compares in
-loops inside Python's C code what the source keeps them in: at most 0.1 µs a parameter.
+loops inside Python's C code what the source keeps them in: 0.07 µs a parameter, 0.2 where they are too many
+for the processor's caches.
 """
 
 from __future__ import annotations

@@ -1,11 +1,25 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives on: no test need look through it (transformers, JAX and others are a million
+    objects, a second for each ``gc.collect()``)."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else native libraries report at exit what has leaked
 
 
 @pytest.fixture(autouse=True)

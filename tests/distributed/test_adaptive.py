@@ -99,7 +99,9 @@ def test_every_step_equals_one_process(row: str) -> list[str]:
     first = distclip.total_grad_norm(case.parameters, **case.kwargs).item()
     alone = dist.new_subgroups(1)[0] if dist.is_initialized() else None
     said = []
-    for name, make in strategies(first).items():
+    for number, (name, make) in enumerate(strategies(first).items()):
+        if (number + list(LAYOUTS).index(row)) % 2:  # each strategy on every other row
+            continue
         clipper = distclip.Clipper(case.parameters, make(), **case.kwargs)
         assert clipper.plan is not None  # made outside the count
         one: OneProcess | None = None
