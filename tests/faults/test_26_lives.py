@@ -110,7 +110,7 @@ def two_lives(rank: int, folder: str) -> None:
 
 def test_26_three_lives() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(two_lives, args=(folder,), nprocs=4, start_method="fork")  # type: ignore[no-untyped-call]
+        mp.start_processes(two_lives, args=(folder,), nprocs=4, start_method="forkserver")  # type: ignore[no-untyped-call]
         assert all(os.path.exists(f"{folder}/done{rank}") for rank in range(4))
 
 
