@@ -92,6 +92,7 @@ def agree(
     settings: Mapping[str, str],
     places: Sequence[tuple[int, str]] | None = None,
     complaint: str | None = None,
+    call: int = 0,
 ) -> Agreement:
     """Check on every rank together that the parameters mean the same thing everywhere, and the settings are
     one.
@@ -114,7 +115,7 @@ def agree(
 
     group = scope.group()
     assert group is not None
-    meet(group, names)
+    meet(group, names, call)
     tensors = [p.tensor for p in parameters]
     devices = {t.device for t in tensors}
     here = (

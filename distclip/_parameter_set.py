@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _declarations
 from distclip._arguments import require_material
+from distclip._arrival import leave_word
 from distclip._as_called import AsCalled
 from distclip._declarations import Declared
 from distclip._gradients import Gradients
@@ -92,6 +93,7 @@ class ParameterSet:
         self._managed: list[int] = []  # positions of those of FSDP1
         self._life: weakref.ref[dist.ProcessGroup] | None = None
         self._calls = 0
+        self._call_before = 0  # of the set that this one takes the place of
         self._agreed_on_state = not strategy.state_dict()  # a drop-in has none
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
         # By id of the parameter: what its source calls it, and what it is called here.
@@ -192,9 +194,9 @@ class ParameterSet:
 
     # --- what to do where it is not -----------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """In place of :meth:`make_current`, where what is to be clipped from now on has another set, on this
-        rank at least.
+    def leave(self, successor: ParameterSet) -> None:
+        """In place of :meth:`make_current`, where what is to be clipped from now on is the successor's, on
+        this rank at least.
 
         Raises:
             OwnershipError: only some ranks go there.
@@ -202,6 +204,7 @@ class ParameterSet:
         if self.plan is not None:
             _, compares = self._count_call()
             self._tell_others(compares, param_norms=False, weighted=False)
+            successor._call_before = self._calls
 
     def _tell_others(self, compares: bool, param_norms: bool, weighted: bool) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
@@ -222,6 +225,7 @@ class ParameterSet:
             self._call_off(param_norms, weighted)
         except OutdatedPlan as news:
             if not news.everyone:
+                self._leave_word(_CHANGED_HERE)
                 raise OwnershipError(_CHANGED_HERE) from None
 
     def decline(self, param_norms: bool = False, *, weighted: bool = False) -> None:
@@ -230,6 +234,17 @@ class ParameterSet:
         if self.plan is not None and self.plan.group_name is not None:
             with contextlib.suppress(OutdatedPlan):
                 self._call_off(param_norms, weighted)
+            self._leave_word("something keeps it from this step")
+
+    def _leave_word(self, why: str) -> None:
+        """This rank raises. Those that the step's message has not reached may all have changed their
+        parameters, and wait for it in the next plan."""
+        assert self.plan is not None
+        group = self.plan.group
+        if group is not None and group.size() < self.plan.scope.size:
+            scope = self.plan.scope.group()
+            assert scope is not None
+            leave_word(scope, self._calls, why)
 
     def _call_off(self, param_norms: bool, weighted: bool) -> None:
         """The step's message, without gradients.
@@ -272,6 +287,7 @@ class ParameterSet:
                 tensors, gradients, param_norms, factor, loss, ready, weight, outdated=outdated
             )
         except OutdatedPlan:
+            self._leave_word(_CHANGED_ELSEWHERE if complaint is None else str(complaint))
             if complaint is None:
                 raise OwnershipError(_CHANGED_ELSEWHERE) from None
         if complaint is not None:
@@ -281,6 +297,7 @@ class ParameterSet:
     def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
+        call, self._call_before = self._call_before if self.plan is None else self._calls, 0
         with torch.inference_mode(False), torch.no_grad(), _on_cpu():
             named: list[NamedParameter] = []
             read, complaint = None, None
@@ -310,6 +327,7 @@ class ParameterSet:
                 averaged=synchronisation.averaged(),
                 settings=settings,
                 complaint=complaint,
+                call=call,
             )
             assert read is not None
             measurement = Measurement(plan, self._strategy, tensors, self._accumulate)

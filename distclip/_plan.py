@@ -92,6 +92,7 @@ def build_plan(
     averaged: Mapping[int, Axis] | None = None,
     settings: Mapping[str, str] | None = None,
     complaint: Exception | None = None,
+    call: int = 0,
 ) -> Plan:
     """Plan the clipping of a list of parameters. To be called by every rank in scope, or by none.
 
@@ -99,7 +100,7 @@ def build_plan(
     over the whole scope, replicas too: for what differs between ranks that hold the same parameters.
     ``ordered``: what is measured depends on which is which. ``averaged``: by the id of a parameter, the group
     of its DDP module. ``settings``: what is to be the same on all ranks. ``complaint``: what has been found
-    wrong on this rank, to be raised on all.
+    wrong on this rank, to be raised on all. ``call``: for the how manieth the plan is made anew.
 
     Raises:
         OwnershipError, SettingsError: on every rank, see ``_ownership``.
@@ -125,11 +126,12 @@ def build_plan(
     scope = Scope((0,)) if alone else find_scope(homes, process_group, stages)
     if complaint is not None:
         if scope.size > 1:
-            agree([], [], [], scope, settings or {}, None, f"{type(complaint).__name__}: {complaint}")
+            said = f"{type(complaint).__name__}: {complaint}"
+            agree([], [], [], scope, settings or {}, None, said, call)
         raise complaint
     tensors = [p.tensor for p in parameters]
     places = order_in_modules(tensors) if ordered and scope.size > 1 and _are_bare(infos) else None
-    agreed = agree(parameters, infos, placements, scope, settings or {}, places)
+    agreed = agree(parameters, infos, placements, scope, settings or {}, places, call=call)
     if everyone and scope.size > 1:
         group, size = scope.group(), scope.size
     else:

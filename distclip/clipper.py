@@ -544,13 +544,13 @@ class Clipper:
                 "trace: there this is nothing to worry about.)", what, remedy,
             )  # fmt: skip
 
-    def leave(self) -> None:
-        """In place of :meth:`begin`: another clipper goes on from here, if it does on every rank.
+    def leave(self, successor: Clipper) -> None:
+        """In place of :meth:`begin`: that other clipper goes on from here, if it does on every rank.
 
         Raises:
             OwnershipError: on every rank: some go on with this one.
         """
-        self._parameters.leave()
+        self._parameters.leave(successor._parameters)
 
     def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
         """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP

@@ -335,7 +335,7 @@ def _known_of(
             if entry.number in _order:
                 _order.move_to_end(entry.number)
     if former is not None:
-        former.leave()
+        former.leave(entry.set)
     if entry.parameters is not None and not torch.compiler.is_compiling():
         _note_source(parameters, asked, entry.parameters)
     return parameters, tensors, entry
@@ -388,7 +388,7 @@ def _note_source(parameters: Parameters, asked: tuple[Any, ...], known: Paramete
     if before is not None and before[1] is known:
         return
     if before is not None and all(ref() is part for ref, part in zip(before[0], others, strict=True)):
-        before[1].leave()
+        before[1].leave(known)
     latest[asked] = [weakref.ref(part) for part in others], known
 
 

@@ -467,26 +467,29 @@ class Installed:
                 self._lists[key] = self._lists.pop(former)
                 self._lists[key].hold(tensors, models)
                 return self._lists[key]
+            left = None
             if norm_type is not None and self._options["stages"] is None:
-                self._leave(norm_type, set(map(id, tensors)))
+                left = self._left_by(norm_type, set(map(id, tensors)))
             self._drop_dead()
             strategy = self._strategy_of_one() if norm_type is None else AsCalled(norm_type)
             self._count += 1
             lst = _List(self._count, tensors, models, strategy, self._on_nonfinite, self._options)
+            if left is not None:
+                left.clipper.leave(lst.clipper)
             if lst.decided and self._loaded:
                 load_if_it_fits(lst.clipper, self._loaded.pop(0))
             self._lists[key] = lst
         self._lists.move_to_end(key)
         return self._lists[key]
 
-    def _leave(self, norm_type: float, ids: set[int]) -> None:
+    def _left_by(self, norm_type: float, ids: set[int]) -> _List | None:
         """A new list has come from the latest that shares parameters with it, or has none that train: ranks
-        for which nothing has changed wait in the step of that one, and are told."""
+        for which nothing has changed wait in the step of that one, and are to be told."""
         trained = {id(p) for m in self._accelerator._models for p in m.parameters() if p.requires_grad}
         for key, lst in reversed(self._lists.items()):
             if key[0] == norm_type and not (lst.ids.isdisjoint(ids) and not lst.ids.isdisjoint(trained)):
-                lst.clipper.leave()
-                return
+                return lst
+        return None
 
     def _former(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
         """The key of the list that the script has changed into this one, whose state goes on: it shares

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import distclip
 from tests.faults.ways import ALL, BOUND, WITHOUT_OVERLAP, assert_right, clipping, fill, raised
 from tests.harness import on_ranks
-from tests.layouts import mesh1
+from tests.layouts import mesh1, mesh2
 
 
 class Net(nn.Module):
@@ -372,6 +373,39 @@ def test_22_a_stage_changes(rank: int, way: str, who: str) -> str:
             fill(model, 1.0 + rank, seed=step)
             assert_right(clip, model, dense)
     return ""
+
+
+@pytest.mark.parametrize("who", [(0, 1, 3), (0, 1, 2), (1,), (0, 3)])
+@pytest.mark.parametrize("way", ["clip", "step", "function"])
+@on_ranks(4, timeout=25)
+def test_22_stages_with_replicas_change(rank: int, way: str, who: tuple[int, ...]) -> None:
+    """Each stage twice, and a step's message goes to one replica of each. Where both that get it have
+    changed, they would plan anew with the others, who raise: they are told in the store why those do not
+    come."""
+    mesh = mesh2(2, 2, "pp", "dp")
+    stage = rank // 2
+    model = mlp()
+    with clipping(way, model, stages=mesh["pp"]) as clip:
+        for step in range(2):
+            fill(model, 1.0 + stage, seed=step)
+            clip()
+        if rank in who:
+            model[1] = nn.Linear(8, 8)
+        fill(model, 1.0 + stage, seed=7)
+        partner = rank ^ 2
+        changed, has_partner_changed = rank in who, partner in who
+        error = ""
+        try:
+            clip()
+        except distclip.OwnershipError as caught:
+            error = str(caught)
+    if changed and has_partner_changed:
+        assert re.search(r"since rank \d has raised: .*Change them on every rank", error), error
+    elif changed or has_partner_changed:
+        assert "Change them on every rank" in error
+        assert "has raised" not in error
+    else:
+        assert not error
 
 
 # --- what has been learned ------------------------------------------------------------------------------

@@ -280,7 +280,12 @@ class Round:
         for _ in range(int(len(self.steps) == 2) if self.alone else often):  # the third compares nothing
             # DDP takes an evaluation for the last backward pass, until there is another one of its own.
             possible = HARMLESS if self.has_evaluated else CHANGES
-            words = rng.choice([w for w in possible if CHANGES[w].fits(world, self.optimizer)])
+            possible = [w for w in possible if CHANGES[w].fits(world, self.optimizer)]
+            if self.clipper is None and self.source_kind in ("list", "named"):
+                # A drop-in knows a list by its tensors, which such changes replace in sharded stages only.
+                unlike = world.kind == "2 stages, one stage sharded"
+                possible = [w for w in possible if not (unlike and w in ALL_REPLACED)]
+            words = rng.choice(possible)
             ranks = list(range(SIZE))
             on_some, one = self.alone or rng.random() < 0.15, rng.randrange(SIZE)
             some = rng.sample(ranks, rng.choice([1, 1, 2, 3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -140,6 +141,37 @@ def test_never_comes_to_a_group_of_some(rank: int) -> None:
     dist.barrier()
     if rank != 1:
         CALLS["clip"](net(), group)
+
+
+@pytest.mark.parametrize("call", ["clip", "function"])
+@on_ranks(3)
+def test_at_cross_purposes(rank: int, call: str) -> None:
+    """Ranks that wait for each other in different groups find out at once, and whoever waits with them is
+    told. The next plan is made as if nothing had been."""
+    group: Any = dist.new_group([0, 2])
+    began = time.monotonic()
+    if rank == 0:
+        with pytest.raises(distclip.OwnershipError, match=r"at the same time with others, [02] among them"):
+            CALLS[call](net(), group)
+    else:
+        with pytest.raises(distclip.OwnershipError, match=r"at the same time with others, [02] among them"):
+            CALLS[call](net(), None)
+    assert time.monotonic() - began < 15  # the timeout is 30
+    dist.barrier()
+    CALLS[call](net(), None)
+    if rank != 1:
+        CALLS[call](net(), group)
+
+
+@on_ranks(3)
+def test_groups_one_after_the_other_are_no_cross_purposes(rank: int) -> None:
+    """However late one comes."""
+    pairs: list[Any] = [dist.new_group([0, 1]), dist.new_group([1, 2]), dist.new_group([0, 2])]
+    for pair, members in zip(pairs, [(0, 1), (1, 2), (0, 2)], strict=True):
+        if rank in members:
+            time.sleep(1.3 * (rank == 1))
+            CALLS["clip"](net(), pair)
+    CALLS["clip"](net(), None)
 
 
 @on_ranks(2)
