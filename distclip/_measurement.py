@@ -114,6 +114,12 @@ class Measurement:
         )
         return norms, by_parameter
 
+    def clamped(
+        self, gradients: Gradients, factor: Tensor | None, coefficients: Tensor, bound: Tensor
+    ) -> Tensor:
+        """As ``Norms.clamped``, of gradients that have been collected, times ``factor``."""
+        return self._meter(self._strategy.per_parameter).clamped(gradients, factor, coefficients, bound)
+
     def everywhere(self, number: Tensor) -> Tensor:
         """[1] float64: the sum over all ranks in scope, in an all-reduce of its own."""
         group = self._plan.scope.group()

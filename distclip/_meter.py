@@ -102,6 +102,25 @@ class Meter:
             return message[:size], message[size:-size], message[-size:]
         return message[:size], message[size:], None
 
+    def clamped(
+        self, gradients: Gradients, factor: Tensor | None, coefficients: Tensor, bound: Tensor
+    ) -> Tensor:
+        """[2] float64, reduced over all ranks: ``Σ min(|c·g|, bound)^p`` of the gradients times ``factor``,
+        and how many elements are above the bound. ``coefficients``: [] or [num_slots] float64."""
+        plan, p = self.plan, self._norm_type
+        sums = torch.zeros(2, dtype=torch.float64, device=plan.device)
+        for bucket in gradients.buckets:
+            for gradient, i in zip(bucket.tensors, bucket.parameters, strict=True):
+                by = coefficients if coefficients.dim() == 0 else coefficients[self.slots.of[i]]
+                by = by if factor is None else by * factor.double()
+                magnitude = gradient.abs().double().mul_(by.to(gradient.device))
+                most = bound.to(gradient.device, torch.float64)
+                above = (magnitude > most).sum().double()
+                held = magnitude.clamp_(max=most)
+                held = held.square_() if p == 2 else held.pow_(p)
+                sums += torch.stack([held.sum(), above]).to(plan.device) / plan.multiplicities[i]
+        return reduce_message(sums, p, plan.group_name)
+
     def norms(self, power_sums: Tensor, far: Tensor | None = None) -> Norms:
         return Norms.from_power_sums(power_sums, self._norm_type, self.slots.labels, far, self.distance)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,6 +76,9 @@ class Norms:
         exact: both in float64, where they are large or the host has not looked; else None.
         norm_type: p of the norms.
         weights: [num_slots] float32, the norms of the parameters themselves, for a ``per_unit`` strategy.
+        clamped: for a strategy that ``measures_again``: from coefficients, [] or [num_slots] float64, and a
+            bound, [] float32, to [2] float64, ``Σ min(|c·g|, bound)^p`` of the whole gradient and how many
+            elements were above the bound. Takes a collective, which all ranks in scope join or none.
         extra: [num_extra] float64, the sums of what a strategy's ``elementwise`` returned.
         loss: [] float32, the mean over the ranks that gave one, for a strategy that ``uses_loss``.
     """
@@ -87,6 +91,7 @@ class Norms:
     extra: Tensor | None = None
     loss: Tensor | None = None
     exact: Exact | None = field(default=None, repr=False)
+    clamped: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
 
     @property
     def exact_total(self) -> Tensor:

@@ -233,6 +233,18 @@ def _say_how_far_apart(
         )  # fmt: skip
 
 
+class OutdatedPlan(Exception):
+    """Some ranks have said, in a message of the step, that their parameters have changed.
+
+    Attributes:
+        everyone: all have, so that they can plan anew together.
+    """
+
+    def __init__(self, *, everyone: bool) -> None:
+        super().__init__("the plan is out of date")
+        self.everyone = everyone
+
+
 def require_equal_gradients(
     names: Sequence[str],
     tensors: Sequence[Tensor] | None,
@@ -247,10 +259,11 @@ def require_equal_gradients(
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce.
 
     ``names``: of the parameters of all stages; ``rows``: where these stand among them;
-    ``compared``: by parameter index; ``device``: the plan's; ``tensors``, ``settings``: None only joins.
+    ``compared``: by parameter index; ``device``: the plan's; ``tensors``, ``settings``: None tells the others
+    that this rank's parameters have changed.
 
     Raises:
-        OwnershipError, SettingsError: on every rank in scope alike.
+        OwnershipError, SettingsError, OutdatedPlan: on every rank in scope alike.
     """
     group = scope.group()
     if group is None:
@@ -263,7 +276,11 @@ def require_equal_gradients(
     if settings is not None:
         configured = hash_of_settings(settings)
         message[:WORDS, -1], message[WORDS:, -1] = configured, -configured
+    else:
+        message[:WORDS, -1] = math.inf  # which is no settings' hash
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+    if message[0, -1].item() == math.inf:
+        raise OutdatedPlan(everyone=message[WORDS, -1].item() == -math.inf)
     spread = (message[:WORDS] + message[WORDS:]).cpu()
     if spread[0, -1] > 0:
         require_same_settings(settings or {}, group, device)

@@ -34,12 +34,12 @@ from distclip._life import Life, life_of
 from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._overlap import Overlap
+from distclip._ownership import OutdatedPlan
 from distclip._parameters import NamedParameter, Parameters, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
-from distclip._reduction import OutdatedPlan
 from distclip._settings import settings_of, state_of
-from distclip._source import Witness, begun_to_train, witness_of
+from distclip._source import Witness, begun_to_train, have_gradients, witness_of
 from distclip._synchronisation import Synchronisation
 from distclip.errors import OwnershipError
 from distclip.strategies._base import Strategy
@@ -133,7 +133,10 @@ class ParameterSet:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
             if culprit == "DDP" or compares:
-                require_equal_gradients(self.plan, current, self._settings())
+                try:
+                    require_equal_gradients(self.plan, current, self._settings())
+                except OutdatedPlan:
+                    raise OwnershipError(_CHANGED_ELSEWHERE) from None
         if not self._keep:
             self.groups = None, None
         return current
@@ -171,7 +174,7 @@ class ParameterSet:
             first = tensors[plan.positions[0]]
             if first.device.type != plan.first_device_type or first.dtype != plan.first_dtype:
                 return None
-        if plan.frozen and begun_to_train(tensors, plan.frozen):
+        if plan.frozen and (begun_to_train(tensors, plan.frozen) or have_gradients(tensors, plan.frozen)):
             return None
         return tensors
 
@@ -213,16 +216,17 @@ class ParameterSet:
         Raises:
             OwnershipError: only some do.
         """
-        if self.plan is None or self.plan.group_name is None or not self._lives_on():
+        if self.plan is None or not self._lives_on():
             return
         try:
             _ = self.plan.group
         except ValueError:
             return  # it has been destroyed: nobody waits there
-        if compares:
-            require_equal_gradients(self.plan)
         try:
-            self._call_off(param_norms, weighted)
+            if compares:
+                require_equal_gradients(self.plan)
+            if self.plan.group_name is not None:
+                self._call_off(param_norms, weighted)
         except OutdatedPlan as news:
             if not news.everyone:
                 self._leave_word(_CHANGED_HERE)

@@ -190,10 +190,10 @@ def require_equal_gradients(
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce;
     none where no rank has any.
 
-    ``tensors``, ``settings``: None only joins the others.
+    ``tensors``, ``settings``: None tells the others that this rank's parameters have changed.
 
     Raises:
-        OwnershipError, SettingsError: on every rank in scope alike.
+        OwnershipError, SettingsError, OutdatedPlan: on every rank in scope alike.
     """
     if plan.compared != ():
         _ownership.require_equal_gradients(

@@ -14,21 +14,10 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.tensor import DTensor, Replicate
 
+from distclip._ownership import OutdatedPlan
 from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
 from distclip._transfer import on_device
-
-
-class OutdatedPlan(Exception):
-    """Some ranks have said, in the step's message, that their parameters have changed.
-
-    Attributes:
-        everyone: all have, so that they can plan anew together.
-    """
-
-    def __init__(self, *, everyone: bool) -> None:
-        super().__init__("the plan is out of date")
-        self.everyone = everyone
 
 
 def reduce_message(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from operator import attrgetter, eq, is_, itemgetter
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from distclip._life import life_of
 from distclip._parameters import Parameters, walk_modules
 
 _requires_grad = attrgetter("requires_grad")
+_gradient = attrgetter("grad")
 _held = itemgetter("_parameters", "_modules")
 
 
@@ -199,3 +201,9 @@ def _names(items: Iterable[Any]) -> list[Any]:
 def begun_to_train(tensors: Sequence[Tensor], frozen: Sequence[int]) -> bool:
     """Whether any of those that did not require a gradient does so now."""
     return any(map(_requires_grad, map(tensors.__getitem__, frozen)))
+
+
+def have_gradients(tensors: Sequence[Tensor], frozen: Sequence[int]) -> bool:
+    """Whether any of those that did not require a gradient has one by now: thawed for a backward pass only,
+    as in a GAN, or written by the program itself."""
+    return not all(map(is_, map(_gradient, map(tensors.__getitem__, frozen)), repeat(None)))

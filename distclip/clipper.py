@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -120,7 +121,7 @@ class Clipper:
         require_strategy(strategy, Strategy, parameters)
         if apply not in ("inplace", "deferred"):
             raise ValueError(f"{apply=}: expected 'inplace' or 'deferred'")
-        if overlap and (strategy.per_unit or strategy.num_extra):
+        if overlap and (strategy.per_unit or strategy.num_extra or strategy.measures_again):
             raise ValueError(f"overlap=True: {strategy} wants more than norms, and measures after backward")
         if accumulate not in (torch.float32, torch.float64):
             raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
@@ -406,6 +407,9 @@ class Clipper:
         if factor is not None:
             norms = norms.times(factor)
             by_parameter = by_parameter.times(factor) if by_parameter is not None else None
+        if self.strategy.measures_again:
+            assert gradients is not None  # not with overlap
+            norms = replace(norms, clamped=partial(measurement.clamped, gradients, factor))
         try:
             outcome = resolve(self.strategy.decide(norms), norms, policy, factor)
         except NonFiniteError as error:

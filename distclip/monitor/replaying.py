@@ -73,7 +73,8 @@ def require_replayable(run: Run, strategy: Strategy) -> None:
             f"{len(run.param_steps)} of {len(run)} steps have them: record with "
             "History(..., param_norms_every=1) and clip(param_norms=history.wants_param_norms)"
         )
-    if strategy.per_unit or (isinstance(strategy, Chain) and strategy.num_extra):
+    clamps_between = isinstance(strategy, Chain) and (strategy.num_extra or strategy.measures_again)
+    if strategy.per_unit or clamps_between:
         lacks = "the norms of the weights" if strategy.per_unit else "the norm that its Value leaves"
         raise HistoryError(f"{run.name}: {type(strategy).__name__} needs {lacks}, which no history has")
     if strategy.uses_loss and np.isnan(run.loss).all():

@@ -41,6 +41,8 @@ class Strategy(nn.Module):
         per_unit: true to get one norm for every unit (row of dim 0, or whole parameter of one dim) in
             ``norms.slots``, and the norms of the parameters' own units in ``norms.weights``. p is 2.
         num_extra: how many sums :meth:`elementwise` returns.
+        measures_again: true to get ``norms.clamped``, which measures what clamping leaves, in a collective of
+            its own.
         uses_loss: true to get the step's loss in ``norms.loss``: then ``clip`` and ``step`` ask for it, and
             the one all-reduce goes over all ranks, also where all hold the same. p ≠ ∞.
         by_element: true if it decides on a ``Clamp`` with a ``unit``, which is asked parameter by parameter.
@@ -64,6 +66,7 @@ class Strategy(nn.Module):
     per_parameter: bool = False
     per_unit: bool = False
     num_extra: int = 0
+    measures_again: bool = False
     uses_loss: bool = False
     by_element: bool = False
     never_scales: bool = False

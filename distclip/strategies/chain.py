@@ -28,9 +28,11 @@ class Chain(Strategy):
     all strategies that scale, so that its bound does not depend on this step's norm, ``Σ min(|g|, v)^p``
     travels beside ``Σ |g|^p`` in the same collective (with one more pass over the gradients, so not with
     ``overlap=True``): any strategies that look at the gradient as a whole may follow, and
-    ``Chain(Value(v), GlobalNorm(m))`` is optax's ``chain(clip(v), clip_by_global_norm(m))``. Otherwise
-    ``Value`` stands last: what follows would take a second collective. (If all norms are ∞-norms,
-    ``min(n, v)`` is the one after it, and strategies on the whole may follow in any place.)
+    ``Chain(Value(v), GlobalNorm(m))`` is optax's ``chain(clip(v), clip_by_global_norm(m))``. Where something
+    before it scales, as in ``Chain(GlobalNorm(m), Value(v), GlobalNorm(k))``, what clamping leaves depends on
+    this step's norm: then each such ``Value`` in the middle takes **a second collective** of two numbers, and
+    one more pass over the gradients. (If all norms are ∞-norms, ``min(n, v)`` is the one after it, and
+    nothing is measured again.) What works by parameter or group cannot follow a ``Value``.
 
     If any link works by parameter or by group, one norm per parameter travels for all of them; the others
     see the groups and the total that these add up to. If any link skips the step, it is skipped, and no
@@ -45,7 +47,7 @@ class Chain(Strategy):
             as its links.
 
     Raises:
-        ValueError: the norm types differ, a strategy follows a ``Value`` that it cannot follow, one occurs
+        ValueError: the norm types differ, a strategy by parameter or group follows a ``Value``, one occurs
             twice, or none is given.
         TypeError: an argument is no strategy.
 
@@ -75,8 +77,9 @@ class Chain(Strategy):
         self.norm_type = norm_types.pop()
         self.per_parameter = any(not _is_global(link) for link in links)
         self.uses_loss = any(link.uses_loss for link in links)
-        self._measured = () if math.isinf(self.norm_type) else _measured_after(links)
-        self.num_extra = 2 * len(self._measured)
+        # The positions of each Value whose norm the next link needs: in the same collective, in another one.
+        self._measured, self._again = ((), ()) if math.isinf(self.norm_type) else _measured_after(links)
+        self.num_extra, self.measures_again = 2 * len(self._measured), bool(self._again)
         if any(isinstance(a, Value) and not _is_global(b) for i, a in enumerate(links) for b in links[i:]):
             raise ValueError(
                 "a strategy that works by parameter or group follows a Value, which leaves those norms "
@@ -133,8 +136,13 @@ class Chain(Strategy):
                     raise ValueError(f"{link} has to be last in a chain, and the only one there that clamps")
                 unit = decision.unit
                 bound = decision.bound if bound is None else torch.minimum(bound, decision.bound)
-                known = i in self._measured
-                norms = self._after(i, before) if known else _clamped(norms, bound, links[i + 1 :])
+                known = i in self._measured or i in self._again
+                if i in self._measured:
+                    norms = self._after(i, before)
+                elif i in self._again:
+                    norms = self._after_more(i, norms, whole, bound)
+                else:
+                    norms = _clamped(norms, bound, links[i + 1 :])
             else:
                 coefficient = _spread(decision.coefficient, link, index)
                 norms = _scaled(norms, coefficient)
@@ -157,36 +165,42 @@ class Chain(Strategy):
     def _after(self, i: int, norms: Norms) -> Norms:
         """The norms that the ``Value`` at position i leaves of these, which are those before the chain."""
         if norms.extra is None:
-            raise ValueError(
-                f"{type(self.each()[i + 1]).__name__} follows a Value and needs the norm that clamping "
-                "leaves, which a history of gradient norms does not have"
-            )
+            raise self._unknown(i)
         first = 2 * self._measured.index(i)
-        total = norms.extra[first].pow(1 / norms.norm_type).float()
-        # Bit for bit the same where nothing is clamped.
-        total = torch.where(norms.extra[first + 1] > 0, torch.minimum(total, norms.total), norms.total)
-        return replace(norms, total=total, slots=total.view(1), labels=("total",))
+        return _left(norms, norms.extra[first : first + 2])
+
+    def _after_more(self, i: int, norms: Norms, whole: Tensor, bound: Tensor) -> Norms:
+        """The norms that it leaves of these, ``whole`` times those before the chain and held to ``bound``."""
+        if norms.clamped is None:
+            raise self._unknown(i)
+        return _left(norms, norms.clamped(whole, bound))
+
+    def _unknown(self, i: int) -> ValueError:
+        return ValueError(
+            f"{type(self.each()[i + 1]).__name__} follows a Value and needs the norm that clamping leaves, "
+            "which a history of gradient norms does not have"
+        )
 
 
-def _measured_after(links: Sequence[Strategy]) -> tuple[int, ...]:
-    """The positions of each ``Value`` whose norm the next link needs, p being finite.
+def _left(norms: Norms, measured: Tensor) -> Norms:
+    """``measured``: [2], the power sum of what clamping leaves, and how many elements it changes."""
+    total = measured[0].pow(1 / norms.norm_type).float()
+    # Bit for bit the same where nothing is clamped.
+    total = torch.where(measured[1] > 0, torch.minimum(total, norms.total), norms.total)
+    return replace(norms, total=total, slots=total.view(1), labels=("total",))
 
-    Raises:
-        ValueError: its bound depends on the norm of the step, since something before it scales.
-    """
-    needed = []
+
+def _measured_after(links: Sequence[Strategy]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The positions of each ``Value`` whose norm the next link needs, p being finite: of those whose bound
+    does not depend on the norm of the step, and of those where something before it scales."""
+    beside: list[int] = []
+    again: list[int] = []
     for i, (link, following) in enumerate(pairwise(links)):
         if not isinstance(link, Value) or isinstance(following, Value):
             continue
-        scaling = [type(b).__name__ for b in links[:i] if not isinstance(b, Value) and not b.never_scales]
-        if scaling:
-            raise ValueError(
-                f"a {type(following).__name__} follows a Value that follows a {scaling[-1]}: what clamping "
-                f"leaves of a gradient that {scaling[-1]} has scaled depends on this step's norm, and would "
-                "take a second collective. Put Value first or last"
-            )
-        needed.append(i)
-    return tuple(needed)
+        scales = any(not isinstance(b, Value) and not b.never_scales for b in links[:i])
+        (again if scales else beside).append(i)
+    return tuple(beside), tuple(again)
 
 
 def _is_global(link: Strategy) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,4 +113,13 @@ def norms_for(strategy: Strategy, parts: Tensor) -> Norms:
     if strategy.uses_loss:  # falls and jumps with the norm, and is NaN with it
         loss = parts.sum().log1p().float()
     norms = Norms.from_power_sums(sums, strategy.norm_type, labels)
+    if strategy.measures_again:
+        norms = replace(norms, clamped=partial(_clamped, parts, strategy.norm_type))
     return replace(norms, weights=weights, extra=extra, loss=loss)
+
+
+def _clamped(parts: Tensor, p: float, coefficients: Tensor, bound: Tensor) -> Tensor:
+    """Of gradients of one element each."""
+    magnitudes = parts * coefficients
+    clamped = magnitudes.clamp(max=bound.double())
+    return torch.stack([clamped.pow(p).sum(), (magnitudes > bound).sum().double()])

@@ -19,9 +19,10 @@ from distclip._gradients import Gradients
 from distclip._in_backward import STEPPED, require_gradients_after_backward
 from distclip._norms import Norms
 from distclip._optimizer_step import take_step
+from distclip._ownership import OutdatedPlan
 from distclip._parameters import named_parameters
 from distclip._plan import build_plan
-from distclip._reduction import OutdatedPlan, reduce_message
+from distclip._reduction import reduce_message
 from distclip._report import ClipReport
 from distclip._single import Single, coefficient_to, norm_from
 from distclip._source import begun_to_train, witness_of

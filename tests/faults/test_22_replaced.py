@@ -316,6 +316,52 @@ def test_22_changed_on_one_rank_only(rank: int, kind: str, way: str) -> str:
         return error
 
 
+@pytest.mark.parametrize("calls", [1, 3, 7])
+@pytest.mark.parametrize("way", ["clip", "step", "accelerate"])
+@on_ranks(2)
+def test_22_changed_on_one_replica_where_they_are_compared(rank: int, way: str, calls: int) -> str:
+    """Replicas have no collective but at calls 1, 2, 4, 8: there they tell each other."""
+    model = mlp()
+    with clipping(way, model) as clip:
+        for step in range(calls):
+            fill(model, seed=step)
+            assert_right(clip, model)
+        if rank == 1:
+            model[1] = nn.Linear(8, 8)
+        fill(model, seed=7)
+        error = raised(clip)
+        assert error == "OwnershipError"
+        return error
+
+
+@pytest.mark.parametrize("before", ["nothing", "gradients", "described"])
+@pytest.mark.parametrize("way", WITHOUT_OVERLAP)
+@on_ranks(2)
+def test_22_frozen_with_gradients(rank: int, way: str, before: str) -> None:
+    """Thawed for the backward pass only, as a GAN's parts are; or gradients that the program has written."""
+    model = mlp()
+    with clipping(way, model) as clip:
+        if before == "nothing":
+            model.requires_grad_(False)
+            for p in model.parameters():
+                p.grad = None
+            (clip if clip.clipper is None else clip.clipper.clip)()
+        elif before == "gradients":
+            model[2].requires_grad_(False)
+            fill(model)
+            assert_right(clip, model)
+        elif clip.clipper is not None:
+            model.requires_grad_(False)
+            clip.clipper.describe()
+        for step in range(3):
+            model.requires_grad_(True)
+            fill(model, seed=step)
+            model[step].requires_grad_(False)
+            if step == 2:
+                model.requires_grad_(False)
+            assert_right(clip, model)
+
+
 # Every step other parameters train, as in a GAN, or thaw one after the other.
 @pytest.mark.parametrize("way", ALL)
 @pytest.mark.parametrize("build", [mlp, sharded])

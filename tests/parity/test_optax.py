@@ -41,8 +41,20 @@ def update(transform: Any, gradients: list[Tensor], parameters: list[Tensor] | N
             Chain(Value(0.5), Value(0.1), GlobalNorm(0.3, eps=0), GlobalNorm(0.2, eps=0), Value(0.02)),
             optax.chain(optax.clip(0.1), optax.clip_by_global_norm(0.2), optax.clip(0.02)),
         ),
+        (
+            Chain(GlobalNorm(0.5, eps=0), Value(0.1), GlobalNorm(0.2, eps=0)),
+            optax.chain(optax.clip_by_global_norm(0.5), optax.clip(0.1), optax.clip_by_global_norm(0.2)),
+        ),
     ],
-    ids=["clip_by_global_norm", "clip", "chain", "chain that clamps", "clamps first", "clamps at both ends"],
+    ids=[
+        "clip_by_global_norm",
+        "clip",
+        "chain",
+        "chain that clamps",
+        "clamps first",
+        "clamps at both ends",
+        "clamps in the middle",
+    ],
 )
 def test_every_step_as_optax(strategy: Strategy, transform: Any) -> None:
     touched = 0

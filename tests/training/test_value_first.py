@@ -1,4 +1,4 @@
-"""A Chain that begins with a Value, at the clipper: report, loss scale, collective and bits."""
+"""A Chain with a Value before its end, at the clipper: report, loss scale, collectives and bits."""
 
 from __future__ import annotations
 
@@ -134,3 +134,60 @@ def test_one_collective_on_shards(rank: int) -> float:
     torch.testing.assert_close(p.grad.double(), want[4 * rank : 4 * rank + 4], rtol=1e-6, atol=0.0)
     assert report.total_norm.item() == pytest.approx(whole.norm().item(), rel=1e-6)
     return report.clipped_norm.item()
+
+
+def in_the_middle(gradients: list[Tensor], most: float, bound: float, least: float, p: float) -> list[Tensor]:
+    """One link after the other, in float64."""
+    whole = [g * min(1.0, most / (oracle.norm(gradients, p) + 1e-6)) for g in gradients]
+    return expected(whole, bound, least, p)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_value_in_the_middle(dtype: torch.dtype, p: float) -> None:
+    """What it leaves depends on the norm of this step."""
+    ps = parameters(dtype)
+    before = dense(ps)
+    norm = oracle.norm(before, p)
+    scaled = [g / 2 for g in before]
+    bound = 0.5 * max(float(g.abs().max()) for g in scaled if g.numel())
+    least = 0.5 * oracle.norm([g * (bound / g.abs().clamp_min(bound)) for g in scaled], p)
+    want = in_the_middle(before, norm / 2, bound, least, p)
+    chain = Chain(GlobalNorm(norm / 2, p), Value(bound), GlobalNorm(least, p))
+    with count_host_syncs() as syncs:
+        report = distclip.Clipper(ps, chain).clip()
+    assert syncs.count <= 1
+    for got, right in zip(dense(ps), want, strict=True):
+        torch.testing.assert_close(got, right, rtol=TOLERANCE.get(dtype, 1e-5), atol=1e-9)
+    assert report.total_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert report.clipped_norm.item() == pytest.approx(oracle.norm(want, p), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@on_ranks(2)
+def test_a_second_collective_on_shards(rank: int, scale: float | None) -> float:
+    whole = torch.arange(1.0, 9.0) - 4.5
+    p = nn.Parameter(torch.zeros(4))
+    distclip.declare(p, sharded_over=dist.group.WORLD)
+    p.grad = whole[4 * rank : 4 * rank + 4] * (scale or 1.0)
+    chain = Chain(GlobalNorm(4.0, eps=0.0), Value(1.0), GlobalNorm(1.5, eps=0.0))
+    clipper = distclip.Clipper([p], chain)
+    _ = clipper.plan
+    optimizer, scaler = torch.optim.SGD([p], lr=0.0), None
+    if scale is not None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.zeros(()))
+    with CommDebugMode() as comm:
+        report = clipper.step(optimizer, scaler)
+    assert comm.get_total_counts() == 2
+    want = in_the_middle([whole.double()], 4.0, 1.0, 1.5, 2.0)[0]
+    torch.testing.assert_close(p.grad.double(), want[4 * rank : 4 * rank + 4], rtol=1e-5, atol=0.0)
+    assert report.total_norm.item() == pytest.approx(whole.norm().item(), rel=1e-6)
+    return report.clipped_norm.item()
+
+
+def test_not_with_overlap_in_the_middle() -> None:
+    with pytest.raises(ValueError, match="measures after backward"):
+        distclip.Clipper(
+            parameters(torch.float32), Chain(GlobalNorm(1.0), Value(0.7), GlobalNorm(2.0)), overlap=True
+        )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def one_after_the_other(links: list[Strategy], gradients: list[Tensor]) -> list[
     return gradients
 
 
+def clamped(gradients: list[Tensor], p: float, coefficients: Tensor, bound: Tensor) -> Tensor:
+    """What ``Norms.clamped`` measures."""
+    each = coefficients.expand(len(gradients))
+    sizes = torch.cat([g.double().abs() * c for g, c in zip(gradients, each, strict=True)])
+    return torch.stack([sizes.clamp(max=bound.double()).pow(p).sum(), (sizes > bound).sum().double()])
+
+
 def carried_out(decision: Decision, gradients: list[Tensor]) -> list[Tensor]:
     if isinstance(decision, Then):
         return carried_out(decision.second, carried_out(decision.first, gradients))
@@ -83,6 +91,20 @@ def carried_out(decision: Decision, gradients: list[Tensor]) -> list[Tensor]:
         lambda: [Value(0.5), Value(0.2), ZClip(warmup=3), Value(0.05)],
         lambda: [Value(math.inf), GlobalNorm(0.5)],
         lambda: [Value(0.5), SkipSpikes(8, 1e9, min_history=3), Value(0.3), GlobalNorm(0.4), Value(0.2)],
+        lambda: [GlobalNorm(1.0), Value(0.3), GlobalNorm(0.4)],
+        lambda: [PerParameter(1.0), Value(0.3), GlobalNorm(0.4)],
+        lambda: [PerGroup({"*.bias": 0.4, "b.*": 0.7}), Value(0.3), ZClip(warmup=3), Value(0.2)],
+        lambda: [
+            Value(0.9),
+            GlobalNorm(1.0),
+            Value(0.2),
+            Value(0.3),
+            GlobalNorm(0.4),
+            Value(0.1),
+            ZClip(warmup=3),
+        ],
+        lambda: [GlobalNorm(1.0, norm_type=1), Value(Warmup(1.0, 0.1, 5)), GlobalNorm(0.4, norm_type=1)],
+        lambda: [GlobalNorm(1.0, norm_type=3), Value(math.inf), GlobalNorm(0.4, norm_type=3)],
     ],
 )
 def test_a_chain_is_its_links_one_after_the_other(make) -> None:  # type: ignore[no-untyped-def]
@@ -94,6 +116,8 @@ def test_a_chain_is_its_links_one_after_the_other(make) -> None:  # type: ignore
         measured = norms(gradients, chain.norm_type, chain.per_parameter)
         if chain.num_extra:
             measured = replace(measured, extra=torch.stack([chain.elementwise(g) for g in gradients]).sum(0))
+        if chain.measures_again:
+            measured = replace(measured, clamped=partial(clamped, gradients, chain.norm_type))
         decision = chain.decide(measured)
         ours = carried_out(decision, gradients)
         expected = one_after_the_other(links, gradients)
@@ -173,7 +197,6 @@ shared = GlobalNorm(1.0)
     ("links", "message"),
     [
         ([], "of nothing"),
-        ([GlobalNorm(1.0), Value(1.0), GlobalNorm(1.0)], "this step's norm.*second collective"),
         ([Value(1.0), PerParameter(1.0)], "put Value last"),
         ([Value(1.0), PerParameter(1.0, norm_type=math.inf)], "put Value last"),
         ([GlobalNorm(1.0), GlobalNorm(1.0, norm_type=1)], "norm types 1, 2"),
