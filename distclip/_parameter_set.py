@@ -96,7 +96,6 @@ class ParameterSet:
         self._call_before = 0  # of the set that this one takes the place of
         self._agreed_on_state = not strategy.state_dict()  # a drop-in has none
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
-        self._uses: set[str] = set()
         # By id of the parameter: what its source calls it, and what it is called here.
         self._names: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
@@ -381,12 +380,6 @@ class ParameterSet:
             return {}
         options = f"{self._settled['options']}, param_norms={param_norms}"
         return {"options": options} | ({} if self._agreed_on_state else {"state": state_of(self._strategy)})
-
-    def use_for(self, what: str) -> None:
-        """A drop-in does this with it. What none has done before, ranks agree upon at the next step."""
-        if what not in self._uses and not torch.compiler.is_compiling():
-            self._uses.add(what)
-            self._read = None
 
     def agree_on_state(self) -> None:
         """A state has been loaded, as on every rank: compare it at the next step."""

@@ -261,10 +261,6 @@ class Clipper:
         require_scaler(scaler)
         if self._continues(optimizers, scaler):
             return self._continue(optimizers, scaler, update=update)
-        if scaler is not None and scaler.is_enabled():
-            self._parameters.options["scaler"] = "passed"
-        else:
-            self._parameters.options.pop("scaler", None)
         plan = self.begin(param_norms=param_norms)
         try:
             self._require_suitable(optimizers)

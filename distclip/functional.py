@@ -84,8 +84,7 @@ def clip_grad_norm_(
     parameters, tensors, entry = _known_of(parameters, p, stages, process_group, policy)
     with entry.alone():
         known, strategy = entry.for_call(stages, process_group)
-        strategy.bound, known.options["on_nonfinite"] = bound, policy
-        known.use_for(f"clip, {policy}")
+        strategy.bound = bound
         gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
         outcome = resolve(strategy.decide(norms), norms, policy)
         assert gradients is not None

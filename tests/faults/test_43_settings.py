@@ -289,17 +289,6 @@ def test_43_param_norms(rank: int, layout: str) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @on_ranks(2)
-def test_43_a_scaler_on_one_rank_only(rank: int, layout: str) -> str:
-    """In the first step; one that is off is none."""
-    source, kwargs = LAYOUTS[layout]()
-    optimizer = torch.optim.SGD(source.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=rank == 1)
-    scaler.scale(torch.zeros(()))
-    return refused(lambda: made(source, **kwargs).step(optimizer, scaler), "scaler='passed'")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@on_ranks(2)
 def test_43_drop_ins(rank: int, layout: str) -> list[str]:
     source, kwargs = LAYOUTS[layout]()
     tensors = list(source.parameters())
@@ -313,25 +302,6 @@ def test_43_drop_ins(rank: int, layout: str) -> list[str]:
             "propagate",
         ),
     ]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@on_ranks(2)
-def test_43_drop_ins_after_a_call_that_was_alike(rank: int, layout: str) -> None:
-    """The norm alone agrees on no bound; and what raises is asked of each call."""
-    source, kwargs = LAYOUTS[layout]()
-    distclip.total_grad_norm(source, **kwargs)
-    refused(lambda: distclip.clip_grad_norm_(source, 1.0 + rank, **kwargs), "bound=1.0", "bound=2.0")
-    source, kwargs = LAYOUTS[layout]()
-    distclip.clip_grad_norm_(source, 1.0, **kwargs)
-    with pytest.raises(distclip.DistclipError, match=r"on_nonfinite|Change them on every rank"):
-        distclip.clip_grad_norm_(source, 1.0, error_if_nonfinite=rank == 1, **kwargs)
-    source, kwargs = LAYOUTS[layout]()
-    distclip.total_grad_norm(source, **kwargs)
-    distclip.clip_grad_norm_(source, 1.0, **kwargs)
-    for raises in (True, False, True):
-        distclip.total_grad_norm(source, **kwargs)
-        distclip.clip_grad_norm_(source, 1.0, error_if_nonfinite=raises, **kwargs)
 
 
 @on_ranks(2)
