@@ -279,9 +279,10 @@ def require_equal_gradients(
     else:
         message[:WORDS, -1] = math.inf  # which is no settings' hash
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    if message[0, -1].item() == math.inf:
-        raise OutdatedPlan(everyone=message[WORDS, -1].item() == -math.inf)
-    spread = (message[:WORDS] + message[WORDS:]).cpu()
+    message = message.cpu()
+    if message[0, -1] == math.inf:
+        raise OutdatedPlan(everyone=bool(message[WORDS, -1] == -math.inf))
+    spread = message[:WORDS] + message[WORDS:]
     if spread[0, -1] > 0:
         require_same_settings(settings or {}, group, device)
     spread = spread[:, :-1]

@@ -67,6 +67,11 @@ ROWS = [
     Row("adagc", lambda: AdaGC(warmup=4)),
     Row("skip spikes", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5)),
     Row("skip spikes, loss", lambda: SkipSpikes(window=8, sigma=3.0, min_history=5, use_loss=True)),
+    Row(
+        "chain, value in the middle",
+        lambda: Chain(GlobalNorm(0.5), Value(0.2), GlobalNorm(0.3)),
+        one_threshold=False,
+    ),
     Row("chain, value first", lambda: Chain(Value(0.2), ZClip(warmup=5, max_norm=3.0), GlobalNorm(0.3))),
     Row(
         "chain, skips twice",
@@ -144,6 +149,13 @@ def norms_for(strategy: Strategy, parts: np.ndarray) -> Norms:
     if strategy.num_extra:  # of gradients of one element
         extra = [strategy.elementwise(torch.tensor([part])) for part in parts]
         measured = replace(measured, extra=torch.stack(extra).sum(0))
+    if strategy.measures_again:
+
+        def clamped(coefficients: Tensor, bound: Tensor) -> Tensor:
+            sizes = torch.from_numpy(parts) * coefficients
+            return torch.stack([sizes.clamp(max=bound.double()).pow(p).sum(), (sizes > bound).sum().double()])
+
+        measured = replace(measured, clamped=clamped)
     return measured
 
 
