@@ -23,7 +23,7 @@ from distclip.errors import OwnershipError, SettingsError
 
 _QUOTED = 16384  # bytes of a quotation that are compared, and
 _SHOWN = 400  # characters of it that are shown
-_FIELDS = ("strategy", "state", "options", "stages")
+_FIELDS = ("strategy", "state", "options", "call", "stages")
 _PER_STAGE = ("count", "names", "shapes")  # what ranks of one stage have in common
 
 
@@ -155,6 +155,7 @@ _HEADLINES = {
     "strategy": "the strategy",
     "state": "the state of the strategy (was a checkpoint loaded on some ranks only?)",
     "options": "what is passed beside it",
+    "call": "what is asked of this step",
     "stages": "stages=",
 }
 

@@ -77,6 +77,11 @@ class LossScale:
                 self.scaler.update()
 
 
+def scale_on_cpu(scaler: GradScaler) -> float | None:
+    """Of a scaler there, which nobody has to wait for."""
+    return scaler.get_scale() if scaler._device == "cpu" else None
+
+
 def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale in float32, rounded once."""
     return scale.double().reciprocal().float()

@@ -13,7 +13,7 @@ from distclip._gradients import Gradients
 from distclip._meter import Meter
 from distclip._norms import Norms, regroup
 from distclip._plan import Plan
-from distclip._reduction import reduce_message
+from distclip._reduction import News, reduce_message
 from distclip._runs import Collector
 from distclip._slots import Slots, groups_of_every, per_parameter, slots_of
 from distclip._transfer import on_device
@@ -75,29 +75,28 @@ class Measurement:
         ready: Tensor | None = None,
         weight: Tensor | None = None,
         *,
-        outdated: bool = False,
+        news: News | None = None,
     ) -> tuple[Norms, Norms | None]:
         """The norms that the strategy wants, and those of the parameters where they are measured as well.
 
         Of the gradients as they are; only the sums of ``strategy.elementwise`` are of gradients × ``factor``.
         One all-reduce at most. ``loss``: [] this rank's, or None where it has none. ``ready``: what
         has been measured already, in place of the gradients. ``weight``: [1] float64, a number of this rank
-        that becomes the sum over all, in place, where ``self.carries``. ``outdated``: say so to the other
-        ranks.
+        that becomes the sum over all, in place, where ``self.carries``. ``news``: to the other ranks.
 
         Raises:
-            OutdatedPlan: see ``reduce_message``.
+            OutdatedPlan, AskedOtherwise: see ``reduce_message``.
         """
         if isinstance(self.slots, Units):
             assert gradients is not None
-            return self._norms_of_units(self.slots, tensors, gradients, param_norms, outdated)
+            return self._norms_of_units(self.slots, tensors, gradients, param_norms, news)
         plan, p, own = self._plan, self._strategy.norm_type, self._strategy.per_parameter
         meter = self._meter(param_norms or own)
         count = self._strategy.num_extra
         judged = _with_count(loss, plan.device) if self._strategy.uses_loss else None
         parts = [x for x in (judged, weight if self.carries else None) if x is not None]
         beside = torch.cat(parts) if parts else None
-        sums, tail, far = meter.power_sums(gradients, factor, beside, ready, outdated=outdated)
+        sums, tail, far = meter.power_sums(gradients, factor, beside, ready, news=news)
         if weight is not None and self.carries:
             weight.copy_(tail[-1:])
         by_parameter = meter.norms(sums, far) if param_norms or own else None
@@ -126,10 +125,15 @@ class Measurement:
         return reduce_message(number, 1.0, None if group is None else group.group_name)
 
     def _norms_of_units(
-        self, units: Units, tensors: Sequence[Tensor], gradients: Gradients, param_norms: bool, outdated: bool
+        self,
+        units: Units,
+        tensors: Sequence[Tensor],
+        gradients: Gradients,
+        param_norms: bool,
+        news: News | None,
     ) -> tuple[Norms, Norms | None]:
         plan, p = self._plan, self._strategy.norm_type
-        sums, weights, far = units.power_sums(plan, gradients, tensors, outdated=outdated)
+        sums, weights, far = units.power_sums(plan, gradients, tensors, news=news)
         of_units = Norms.from_power_sums(sums, p, (), far, units.distance)
         norms = replace(of_units, weights=weights.sqrt().float())
         if not param_norms:

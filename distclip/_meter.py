@@ -12,7 +12,7 @@ from distclip import _kernels as kernels
 from distclip._gradients import Gradients
 from distclip._norms import Norms, regroup
 from distclip._plan import Plan
-from distclip._reduction import reduce_message
+from distclip._reduction import News, reduce_message
 from distclip._slots import Slots
 from distclip._transfer import on_device
 
@@ -53,7 +53,7 @@ class Meter:
         beside: Tensor | None = None,
         ready: Tensor | None = None,
         *,
-        outdated: bool = False,
+        news: News | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """[num_slots] float64, reduced over all ranks: ``Σ|g|^p``, or ``max|g|`` for p = ∞; and what has
         travelled with them, float64: the extra sums of the gradients times ``factor``, then the sums over
@@ -97,7 +97,7 @@ class Meter:
         if self.distance:
             parts.append(torch.zeros_like(message) if far is None else far)
         message = torch.cat(parts) if len(parts) > 1 else message
-        message = reduce_message(message, p, plan.group_name, outdated=outdated)
+        message = reduce_message(message, p, plan.group_name, news=news or News())
         if self.distance:
             return message[:size], message[size:-size], message[-size:]
         return message[:size], message[size:], None

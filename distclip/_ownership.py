@@ -245,6 +245,10 @@ class OutdatedPlan(Exception):
         self.everyone = everyone
 
 
+class AskedOtherwise(Exception):
+    """Ranks have said, in the message of the step, that they were asked for different things."""
+
+
 def require_equal_gradients(
     names: Sequence[str],
     tensors: Sequence[Tensor] | None,

@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import _declarations
+from distclip._agreement import require_same_settings
 from distclip._arguments import require_material
 from distclip._arrival import leave_word
 from distclip._as_called import AsCalled
@@ -34,14 +37,15 @@ from distclip._life import Life, life_of
 from distclip._measurement import Measurement
 from distclip._norms import Norms
 from distclip._overlap import Overlap
-from distclip._ownership import OutdatedPlan
+from distclip._ownership import AskedOtherwise, OutdatedPlan
 from distclip._parameters import NamedParameter, Parameters, named_parameters
 from distclip._placement import MANAGED
 from distclip._plan import Plan, build_plan, require_equal_gradients
+from distclip._reduction import WORDS, News
 from distclip._settings import settings_of, state_of
 from distclip._source import Witness, begun_to_train, have_gradients, witness_of
 from distclip._synchronisation import Synchronisation
-from distclip.errors import OwnershipError
+from distclip.errors import OwnershipError, SettingsError
 from distclip.strategies._base import Strategy
 
 logger = logging.getLogger("distclip")
@@ -63,6 +67,9 @@ class ParameterSet:
     Attributes:
         groups: ``stages`` and ``process_group``, which whoever does not keep the source gives for each call.
         options: as passed; they may change.
+        asked: what this rank is asked for in this step, in words; ranks see there whether all are asked for
+            the same.
+        loss_scale: of the scaler that this rank is passed, read where ranks look closer.
         plan, measurement: None before the first :meth:`make_current`.
         overlap: what has been gathered in backward; None where nothing is.
     """
@@ -83,6 +90,8 @@ class ParameterSet:
         self.groups = stages, process_group
         self._accumulate, self.options = accumulate, dict(options or {})
         self._overlaps, self._watched = overlap, list(watched)
+        self.asked = ""
+        self.loss_scale: Callable[[], float | None] | None = None
         self.plan: Plan | None = None
         self.measurement: Measurement | None = None
         self.overlap: Overlap | None = None
@@ -96,6 +105,8 @@ class ParameterSet:
         self._call_before = 0  # of the set that this one takes the place of
         self._agreed_on_state = not strategy.state_dict()  # a drop-in has none
         self._settled: dict[str, str] = {}  # the settings, as agreed upon
+        self._looks = False  # whether at what other ranks say in this step, wherever it is said
+        self._param_norms = False  # whether ranks have agreed that they are measured at times
         # By id of the parameter: what its source calls it, and what it is called here.
         self._names: dict[int, tuple[weakref.ref[Life], str, str]] = {}
 
@@ -123,18 +134,24 @@ class ParameterSet:
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
         looks, compares = self._count_call()
+        self._looks = looks
         current = self._look(parameters, tensors)
-        if current is None or (looks and (_are_elsewhere(current) or self._is_set_otherwise())):
+        is_elsewhere = current is not None and looks and _are_elsewhere(current)
+        is_set_otherwise = (looks and self._is_set_otherwise()) or (
+            param_norms and not self._param_norms and self._sends_more_with_param_norms()
+        )
+        if current is None or is_elsewhere or is_set_otherwise:
             calls = self._calls if current is not None else 1
-            self._tell_others(compares, param_norms, weighted)
+            settings = None if current is None or is_elsewhere else self._settings_now(param_norms)
+            self._tell_others(compares, param_norms and self._param_norms, weighted, settings)
             current = self._plan_anew(parameters, param_norms)
             self._calls = calls
         else:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
-            if culprit == "DDP" or compares:
+            if (culprit == "DDP" or compares) and self.plan.compared != ():
                 try:
-                    require_equal_gradients(self.plan, current, self._settings())
+                    require_equal_gradients(self.plan, current, self._settings_now(param_norms))
                 except OutdatedPlan:
                     raise OwnershipError(_CHANGED_ELSEWHERE) from None
         if not self._keep:
@@ -185,6 +202,11 @@ class ParameterSet:
         as_called = isinstance(self._strategy, AsCalled)
         return not as_called and not compares and self._settings() != self._settled
 
+    def _sends_more_with_param_norms(self) -> bool:
+        """Whether a rank that measured them alone would send a message of another size than the others."""
+        alike = self._strategy.per_parameter or self._strategy.per_unit
+        return self.plan is not None and self.plan.group_name is not None and not alike
+
     def _is_proven(self) -> bool:
         """Whether a plan that was made before the first step has compared all gradients that it has to."""
         return self.plan is not None and self.plan.proven
@@ -209,12 +231,21 @@ class ParameterSet:
             self._tell_others(compares, param_norms=False, weighted=False)
             successor._call_before = self._calls
 
-    def _tell_others(self, compares: bool, param_norms: bool, weighted: bool) -> None:
+    def _tell_others(
+        self,
+        compares: bool,
+        param_norms: bool,
+        weighted: bool,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
         join the step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
 
+        Args:
+            settings: where it is these that have changed, and nothing else.
+
         Raises:
-            OwnershipError: only some do.
+            OwnershipError, SettingsError: on every rank: only some do.
         """
         if self.plan is None or not self._lives_on():
             return
@@ -222,11 +253,15 @@ class ParameterSet:
             _ = self.plan.group
         except ValueError:
             return  # it has been destroyed: nobody waits there
+        if settings is not None and not (self._looks or self.plan.device.type == "cpu"):
+            settings = None  # the others would not hear what they are
         try:
             if compares:
-                require_equal_gradients(self.plan)
+                require_equal_gradients(self.plan, settings=settings)
             if self.plan.group_name is not None:
-                self._call_off(param_norms, weighted)
+                self._call_off(param_norms, weighted, settings)
+        except AskedOtherwise:
+            self._quote_both(settings or {})
         except OutdatedPlan as news:
             if not news.everyone:
                 self._leave_word(_CHANGED_HERE)
@@ -250,18 +285,34 @@ class ParameterSet:
             assert scope is not None
             leave_word(scope, self._calls, why)
 
-    def _call_off(self, param_norms: bool, weighted: bool) -> None:
+    def _quote_both(self, settings: Mapping[str, str]) -> None:
+        """Ranks have found that they are asked for different things. Those of the plan's group call this.
+
+        Raises:
+            SettingsError: always.
+        """
+        self._leave_word(_ASKED_OTHERWISE)
+        assert self.plan is not None
+        assert self.plan.group is not None
+        require_same_settings(settings, self.plan.group, self.plan.device)
+        raise SettingsError(_ASKED_OTHERWISE)
+
+    def _call_off(self, param_norms: bool, weighted: bool, settings: Mapping[str, str] | None = None) -> None:
         """The step's message, without gradients.
 
         Raises:
-            OutdatedPlan: always.
+            OutdatedPlan: always, unless it is the ``settings`` that this rank has to tell.
+            AskedOtherwise: then, where other ranks have others.
         """
         assert self.plan is not None
         assert self.measurement is not None
         weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
         if weight is not None and not self.measurement.carries:
             self.measurement.everywhere(weight)
-        self.measurement.norms((), Gradients([], []), param_norms, weight=weight, outdated=True)
+        news = News(outdated=True)
+        if settings is not None:
+            news = News(word=_word_of(f"{sorted(settings.items())}"), looks=self._looks)
+        self.measurement.norms((), Gradients([], []), param_norms, weight=weight, news=news)
 
     def measure(
         self,
@@ -276,6 +327,7 @@ class ParameterSet:
 
         Raises:
             ValueError, OwnershipError: on every rank that joins it: the gradients of some cannot be measured.
+            SettingsError: likewise: ranks are asked for different things in this step.
         """
         assert self.measurement is not None
         ready = None if self.overlap is None else self.overlap.sums()
@@ -285,11 +337,17 @@ class ParameterSet:
                 gradients = self.measurement.collect(tensors, param_norms)
             except ValueError as error:  # others may wait for this rank
                 gradients, complaint = Gradients([], []), error
-        outdated = complaint is not None
+        assert self.plan is not None
+        silent = self.plan.group_name is None or torch.compiler.is_compiling()
+        asked = "" if silent else self._asked_now(param_norms)
+        news = News(complaint is not None, _word_of(asked) if asked else 0, self._looks)
         try:
             norms, by_parameter = self.measurement.norms(
-                tensors, gradients, param_norms, factor, loss, ready, weight, outdated=outdated
+                tensors, gradients, param_norms, factor, loss, ready, weight, news=news
             )
+        except AskedOtherwise:
+            self._quote_both(self._settings_now(param_norms))
+            raise
         except OutdatedPlan:
             self._leave_word(_CHANGED_ELSEWHERE if complaint is None else str(complaint))
             if complaint is None:
@@ -322,12 +380,13 @@ class ParameterSet:
             )
             self.plan, self._settled = None, self._settings()
             settings = self._settled | self._settings_of_plan(param_norms)
+            self._param_norms = self._param_norms or param_norms
             plan = build_plan(
                 self._told_apart(named),
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
-                ordered=param_norms or _tells_apart(self._strategy),
+                ordered=self._param_norms or _tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
                 settings=settings,
                 complaint=complaint,
@@ -374,12 +433,25 @@ class ParameterSet:
             return {}
         return settings_of(self._strategy, self.options)
 
+    def _settings_now(self, param_norms: bool) -> dict[str, str]:
+        return self._settings() | {"call": self._asked_now(param_norms)}
+
+    def _asked_now(self, param_norms: bool) -> str:
+        """Replicas may measure parameters on some ranks only."""
+        says = self.asked and self.plan is not None and self.plan.group_name is not None
+        asked = f"{self.asked}, param_norms={param_norms}" if says else self.asked
+        if self.loss_scale is None or not self._looks:
+            return asked
+        return f"{asked}, loss scale {self.loss_scale()}"
+
     def _settings_of_plan(self, param_norms: bool) -> dict[str, str]:
         """Those that are agreed upon when a plan is made, and not looked at later."""
         if not self._settled:
             return {}
         options = f"{self._settled['options']}, param_norms={param_norms}"
-        return {"options": options} | ({} if self._agreed_on_state else {"state": state_of(self._strategy)})
+        return {"options": options, "call": self._asked_now(param_norms=False)} | (
+            {} if self._agreed_on_state else {"state": state_of(self._strategy)}
+        )
 
     def agree_on_state(self) -> None:
         """A state has been loaded, as on every rank: compare it at the next step."""
@@ -491,6 +563,17 @@ _CHANGED_ELSEWHERE = (
     "train), or something else keeps it from this step; not so on this rank. Nothing was clipped. Change "
     "them on every rank in the same step, or make a new Clipper on every rank then."
 )
+
+
+_ASKED_OTHERWISE = (
+    "ranks are asked for different things in this step (another max_norm, a GradScaler on some of them, "
+    "another policy, param_norms=): nothing was clipped. Give every rank the same."
+)
+
+
+@lru_cache(maxsize=256)
+def _word_of(asked: str) -> int:
+    return 1 + zlib.crc32(asked.encode()) % (WORDS - 1)
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[object]:

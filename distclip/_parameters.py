@@ -113,9 +113,10 @@ def _walk(parameters: Parameters) -> Iterator[NamedParameter]:
             else:
                 yield NamedParameter(f"parameters[{i}]", item)
     else:
+        remedy = ": pass its items(), where its values are parameters" if isinstance(parameters, dict) else ""
         raise TypeError(
             f"parameters={type(parameters).__name__}: expected a Module, several Modules, an Optimizer, "
-            "a Tensor, or an iterable of Tensors or of (name, Tensor)"
+            f"a Tensor, or an iterable of Tensors or of (name, Tensor){remedy}"
         )
 
 

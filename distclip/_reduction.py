@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,23 +14,40 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.tensor import DTensor, Replicate
 
-from distclip._ownership import OutdatedPlan
+from distclip._ownership import AskedOtherwise, OutdatedPlan
 from distclip._placement import SUMMED, Axis, Placement, resolve_group
 from distclip._plan import Plan
 from distclip._transfer import on_device
 
 
+class News(NamedTuple):
+    """What ranks tell each other beside the numbers of a step.
+
+    Attributes:
+        outdated: this rank's plan does not describe its parameters any more.
+        word: for what this rank is asked, in (0, WORDS); 0 says nothing.
+        looks: at what the others say, also where that waits for an accelerator.
+    """
+
+    outdated: bool = False
+    word: int = 0
+    looks: bool = False
+
+
+WORDS = 2**17  # so that float64 holds the sum of their squares over 2^19 ranks
+
+
 def reduce_message(
-    message: Tensor, norm_type: float, group_name: str | None, *, outdated: bool | None = None
+    message: Tensor, norm_type: float, group_name: str | None, *, news: News | None = None
 ) -> Tensor:
     """Every rank's contributions, float64 of any shape, joined: a sum, or for p = ∞ a maximum.
 
-    ``outdated``: where ranks tell each other in two numbers beside, whether this one's plan is out of date.
-    Its contribution then makes every norm NaN (or ∞), so that no other takes what is left for the whole.
+    ``news``: in a few numbers beside. A rank whose plan is out of date makes every norm NaN (or ∞), so that
+    no other takes what is left for the whole.
 
     Raises:
-        OutdatedPlan: ``outdated`` on this rank, or on any where the message is on the CPU, which is read for
-        it.
+        OutdatedPlan: on this rank, or on any where the news are read: on the CPU they always are.
+        AskedOtherwise: likewise: ranks say different words.
     """
     largest = math.isinf(norm_type)
     if largest:
@@ -39,36 +56,54 @@ def reduce_message(
     if group_name is None:
         return message
     shape = message.shape
-    if outdated is not None:
-        if outdated:
+    if news is not None:
+        if news.outdated:
             message = torch.full_like(message, math.inf if largest else math.nan)
-        message = torch.cat([message.flatten(), _news(outdated, message)])
+        message = torch.cat([message.flatten(), _told(news, largest, message)])
     if torch.compiler.is_compiling():  # which knows groups by name only
         message = funcol.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
     else:
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         dist.all_reduce(message, op=operation, group=resolve_group(group_name))
-    if outdated is None:
+    if news is None:
         return message
-    news, message = message[-2:], message[:-2].view(shape)
-    if outdated or (news.is_cpu and not torch.compiler.is_compiling()):
-        ranks_outdated, ranks_current = news.tolist()
+    heard, message = message[-_TOLD:], message[:-_TOLD].view(shape)
+    if not torch.compiler.is_compiling() and (
+        heard.is_cpu or news.outdated or (news.looks and type(heard) is Tensor)
+    ):
+        ranks_outdated, ranks_current, speakers, *words = heard.tolist()
         if ranks_outdated:
             raise OutdatedPlan(everyone=not ranks_current)
+        if speakers and _differ(speakers, *words, largest=largest):
+            raise AskedOtherwise
     return message
 
 
-def _news(outdated: bool, like: Tensor) -> Tensor:
-    """[2]: outdated, current."""
+_TOLD = 5  # numbers: outdated, current, whether it says a word, and two by which it is seen whether all agree
+
+
+def _told(news: News, largest: bool, like: Tensor) -> Tensor:
+    """[_TOLD]."""
     if torch.compiler.is_compiling() or type(like) is not Tensor:
-        return torch.stack([like.new_zeros(()), like.new_ones(())])
-    return _kept_news(outdated, like.device)
+        silent = like.new_full((), -math.inf if largest else 0.0)
+        return torch.stack([like.new_zeros(()), like.new_ones(()), like.new_zeros(()), silent, silent])
+    return _kept(news.outdated, news.word, largest, like.device)
 
 
 @lru_cache(maxsize=64)
-def _kept_news(outdated: bool, device: torch.device) -> Tensor:
+def _kept(outdated: bool, word: int, largest: bool, device: torch.device) -> Tensor:
+    if largest:
+        seen: list[float] = [word, -word] if word else [-math.inf] * 2
+    else:
+        seen = [word, word**2]
     with torch.inference_mode(False):
-        return on_device([float(outdated), float(not outdated)], torch.float64, device)
+        return on_device([outdated, not outdated, bool(word), *seen], torch.float64, device)
+
+
+def _differ(speakers: float, first: float, second: float, *, largest: bool) -> bool:
+    """Whether not all who speak say the same word: by its largest and its least, or by its sum and that of
+    its square, in whole numbers."""
+    return first != -second if largest else int(speakers) * int(second) != int(first) ** 2
 
 
 def settle_gradients(plan: Plan, parameters: Sequence[Tensor]) -> None:

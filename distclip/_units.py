@@ -24,7 +24,7 @@ from distclip._memory import is_bare
 from distclip._norms import regroup
 from distclip._placement import MANAGED, Declaration, Placement, Stretch
 from distclip._plan import Plan
-from distclip._reduction import local_of, reduce_message
+from distclip._reduction import News, local_of, reduce_message
 
 # float32 sums over longer rows lose digits, as do those of squares below this (see _kernels.foreach).
 _LONG_ROW = 512
@@ -76,7 +76,7 @@ class Units:
         )
 
     def power_sums(
-        self, plan: Plan, gradients: Gradients, tensors: Sequence[Tensor], *, outdated: bool = False
+        self, plan: Plan, gradients: Gradients, tensors: Sequence[Tensor], *, news: News | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """[num_units] float64 each, reduced over all ranks: ``Σ g²`` and ``Σ w²`` of each unit, and
         ``Σ (g/2^distance)²`` where there is a distance."""
@@ -87,7 +87,7 @@ class Units:
                 weight = local_of(tensors[plan.positions[i]]).detach()
                 for line, units, squares in self._squares(i, gradient, weight, gradients.rows.get(i)):
                     message[line, units] += squares.to(plan.device) * share
-        message = reduce_message(message, 2.0, plan.group_name, outdated=outdated)
+        message = reduce_message(message, 2.0, plan.group_name, news=news or News())
         return message[0], message[1], message[2] if self.distance else None
 
     def _squares(

@@ -33,7 +33,7 @@ from distclip._description import Description, describe
 from distclip._diagnosis import nonfinite_ranks, say_where
 from distclip._gradients import Gradients, collect
 from distclip._kernels.looking import look_at_one
-from distclip._loss_scale import LossScale, reciprocal
+from distclip._loss_scale import LossScale, reciprocal, scale_on_cpu
 from distclip._norms import LARGEST, Norms
 from distclip._optimizer_step import parameters_of, require_covered, require_fused, take_step
 from distclip._parameter_set import ParameterSet
@@ -198,7 +198,7 @@ class Clipper:
             loss: [] the loss of this rank's batch, for a strategy that judges the mean over ranks
                 (``SkipSpikes(use_loss=True)``). With ``stages``, ranks that have none leave it out.
             param_norms: also measure every parameter, for ``report.param_norms`` (still one all-reduce).
-                Must be the same on every rank.
+                Must be the same on every rank: the first time ranks agree on that.
 
         Raises:
             ValueError: the strategy judges the loss, and there is none.
@@ -261,7 +261,7 @@ class Clipper:
         require_scaler(scaler)
         if self._continues(optimizers, scaler):
             return self._continue(optimizers, scaler, update=update)
-        plan = self.begin(param_norms=param_norms)
+        plan = self.begin(scaler, param_norms=param_norms)
         try:
             self._require_suitable(optimizers)
             states = getattr(scaler, "_per_optimizer_states", None)  # a scaler that is off has none
@@ -343,9 +343,9 @@ class Clipper:
                 "micro.backward(loss, scaler)`."
             )
 
-    def begin(self, *, param_norms: bool = False) -> Plan:
+    def begin(self, scaler: GradScaler | None = None, *, param_norms: bool = False) -> Plan:
         """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their
-        gradients are synchronised.
+        gradients are synchronised. ``scaler``: whose scale they still have.
 
         Raises:
             ValueError, OwnershipError, SettingsError: on every rank.
@@ -356,6 +356,11 @@ class Clipper:
             if not self._usage.clips:
                 claim(self.strategy, self)
         self._parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
+        if not torch.compiler.is_compiling():
+            scaler = scaler if scaler is not None and scaler.is_enabled() else None
+            has = "no" if scaler is None else "a"
+            self._parameters.asked = f"on_nonfinite={self.on_nonfinite!r}, {has} scaler"
+            self._parameters.loss_scale = None if scaler is None else partial(scale_on_cpu, scaler)
         weighted = self._window.weights is not None
         joins = self._synchronisation_of_source.joins()
         if joins:
@@ -695,6 +700,8 @@ class Clipper:
             saved = dict(state.get("saved_by", {}))  # not by 0.1.0
             was = saved["settings"] if saved else "another strategy, or with other settings"
             names = saved.get("strategy")
+            if position < 0 or steps < 0:
+                raise ValueError(f"{steps=}, micro_batches={position}")
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"state is not what clipper.state_dict() returned, or has been changed since ({error})"

@@ -85,6 +85,8 @@ def clip_grad_norm_(
     with entry.alone():
         known, strategy = entry.for_call(stages, process_group)
         strategy.bound = bound
+        if not torch.compiler.is_compiling():
+            known.asked = f"clip_grad_norm_(max_norm={bound}, error_if_nonfinite={error_if_nonfinite})"
         gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
         outcome = resolve(strategy.decide(norms), norms, policy)
         assert gradients is not None
@@ -113,6 +115,8 @@ def total_grad_norm(
     parameters, tensors, entry = _known_of(parameters, p, stages, process_group, "propagate")
     with entry.alone():
         known, _ = entry.for_call(stages, process_group)
+        if not torch.compiler.is_compiling():
+            known.asked = "total_grad_norm()"
         return _with_exact(known.measure(known.make_current(parameters, tensors))[1])
 
 
@@ -167,6 +171,7 @@ def get_total_norm(
         holders.append(holder)
     known = _set_like(holders, p, process_group)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
+    known.asked = f"get_total_norm(error_if_nonfinite={error_if_nonfinite})"
     named = [(f"tensors[{i}]", holder) for i, holder in enumerate(holders)]
     norms = known.measure(known.make_current(named, holders))[1]
     unchanged = Scale(torch.ones_like(norms.total), torch.full_like(norms.total, math.inf))

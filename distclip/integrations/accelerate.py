@@ -322,7 +322,7 @@ class Installed:
         clipper, owners = lst.clipper, self._owners(lst)
         if policy == "skip" or self.has_scaler:
             self._require_held(lst, owners, skips=policy == "skip")
-        clipper.begin()
+        clipper.begin(self._accelerator.scaler if self.has_scaler else None)
         scaled = self._scaled(owners)
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):

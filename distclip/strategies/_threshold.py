@@ -61,9 +61,12 @@ class Threshold(nn.Module):
 def scale_above(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
     """``bound / (norm + eps)`` where the norm is above the bound, exactly 1 where it is not; NaN for NaN.
 
-    Never 0 where ``norm`` is finite and ``bound`` positive, though float32 may have no such small number.
+    A learned bound is as small as the norms that it was learned from: ``eps`` is a thousandth of the norm at
+    most, or it would decide and not the bound. Never 0 where ``norm`` is finite and ``bound`` positive,
+    though float32 may have no such small number.
     """
-    return torch.where(norm <= bound, 1.0, not_zero((bound / (norm + eps)).to(norm.dtype), norm, bound))
+    margin = (norm * 1e-3).clamp(max=eps)
+    return torch.where(norm <= bound, 1.0, not_zero((bound / (norm + margin)).to(norm.dtype), norm, bound))
 
 
 def not_zero(coefficient: Tensor, norm: Tensor, bound: Tensor) -> Tensor:

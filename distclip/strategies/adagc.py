@@ -16,7 +16,7 @@ from distclip._norms import Norms
 from distclip._parameters import ParameterInfo
 from distclip.strategies._base import Strategy, listed, require_bound, scale_to, state
 from distclip.strategies._history import require_count
-from distclip.strategies._threshold import not_zero
+from distclip.strategies._threshold import scale_above
 
 
 class AdaGC(Strategy):
@@ -43,7 +43,7 @@ class AdaGC(Strategy):
     Args:
         ratio: how far above its average a norm may be, ≥ 1.
         beta: smoothing factor of the averages, in [0, 1].
-        eps: added to the norm before dividing.
+        eps: added to the norm before dividing; where the threshold is learned, 10⁻³ of the norm at most.
         warmup: number of steps with the global clip, ≥ 0.
         max_norm: threshold of the global clip, ≥ 0.
 
@@ -103,7 +103,7 @@ class AdaGC(Strategy):
         warming = self.step < self.warmup
         together = scale_to(norms.total, self.max_norm, self.eps)
         bound = torch.where(torch.isinf(self.average), self.max_norm, self.ratio * self.average)
-        alone = torch.where(n <= bound, 1.0, not_zero(bound / (n + self.eps), n, bound))
+        alone = scale_above(n, bound, self.eps)
 
         clipped = torch.where(warming, n * together, torch.minimum(n, bound))
         moved = torch.where(

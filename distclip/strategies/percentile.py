@@ -22,6 +22,8 @@ class Percentile(Strategy):
     .. math:: \\tau = \\text{multiplier} \\cdot P_q(n_{t-h+1}, …, n_t), \\qquad
         g \\leftarrow g \\cdot \\tau / (n_t + 10^{-6}) \\text{ where } n_t > \\tau
 
+    where nₜ/1000 takes the place of 10⁻⁶ if it is less: τ may have been learned from norms that small.
+
     The norm of this step is appended first (as it was before clipping), then the percentile is taken,
     linear between neighbours as :func:`numpy.percentile`. AutoClip (Seetharaman, Wichern, Pardo, Le Roux,
     "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020) is

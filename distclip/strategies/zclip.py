@@ -41,7 +41,7 @@ class ZClip(Strategy):
         z_threshold: k > 0.
         max_norm: largest allowed norm in any case, ≥ 0; ∞ leaves all to the z-score.
         warmup: number of steps that start the averages, ≥ 1.
-        eps: added to σ, and to the norm before dividing.
+        eps: added to σ, and to the norm before dividing (there 10⁻³ of the norm at most).
         patience: number of outliers in a row that are a new level, ≥ 1.
 
     The report's threshold is the norm that the gradient was brought to or, where it was left alone, the

@@ -22,7 +22,7 @@ from distclip._optimizer_step import take_step
 from distclip._ownership import OutdatedPlan
 from distclip._parameters import named_parameters
 from distclip._plan import build_plan
-from distclip._reduction import reduce_message
+from distclip._reduction import News, reduce_message
 from distclip._report import ClipReport
 from distclip._single import Single, coefficient_to, norm_from
 from distclip._source import begun_to_train, witness_of
@@ -248,7 +248,7 @@ class InBackward:
         tensors = self._witness.tensors(self._model)
         changed = tensors is None or begun_to_train(tensors, plan.frozen)
         try:
-            before, after = reduce_message(sums, p, plan.group_name, outdated=changed)
+            before, after = reduce_message(sums, p, plan.group_name, news=News(outdated=changed))
         except OutdatedPlan:
             changed = True
         if changed:

@@ -32,7 +32,7 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """
-    plan = clipper.begin()
+    plan = clipper.begin(scaler)
     require_covered([optimizer], clipper.tensors)
     _ = scaler._per_optimizer_states[id(optimizer)]  # where clipper.step() has just used them, this says so
     loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)

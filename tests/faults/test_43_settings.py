@@ -289,6 +289,101 @@ def test_43_param_norms(rank: int, layout: str) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @on_ranks(2)
+def test_43_scalers(rank: int, layout: str) -> list[str]:
+    """On one rank only (one that is off is none), or with another scale; also where the plan stands."""
+    said = []
+    for planned in (False, True):
+        for scaled, scale, quoted in ((rank == 1, 2.0, "no scaler"), (True, 2.0 + rank, "scale 3.0")):
+            source, kwargs = LAYOUTS[layout]()
+            optimizer = torch.optim.SGD(source.parameters(), lr=0.0)
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
+            scaler.scale(torch.zeros(()))
+            clipper = made(source, **kwargs)
+            if planned:
+                clipper.clip()  # the next of replicas is compared
+            said.append(refused(lambda c=clipper, o=optimizer, s=scaler: c.step(o, s), quoted, "scale 2.0"))
+    return said
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("calls", [1, 2, 6])
+@on_ranks(2)
+def test_43_param_norms_on_one_rank_later(rank: int, layout: str, calls: int) -> str | None:
+    """Where a rank then sends more numbers, this was a crash in the backend; where nothing is sent, it is
+    right."""
+    source, kwargs = LAYOUTS[layout]()
+    clipper = made(source, **kwargs)
+    for _ in range(calls):
+        clipper.clip()
+    if layout in ("DDP", "plain"):
+        clipper.clip(param_norms=rank == 1)
+        return None
+    return refused(lambda: clipper.clip(param_norms=rank == 1), "param_norms=True", "=False")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on_ranks(2)
+def test_43_param_norms_on_all_later(rank: int, layout: str) -> None:
+    source, kwargs = LAYOUTS[layout]()
+    clipper = made(source, **kwargs)
+    for param_norms in (False, True, False, True, True, False):
+        report = clipper.clip(param_norms=param_norms)
+    total = distclip.total_grad_norm(source, **kwargs)
+    torch.testing.assert_close(report.total_norm, total)
+
+
+ASKED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = {
+    "max_norm after the norm alone": (
+        lambda s, r, **kw: distclip.total_grad_norm(s, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0 + r, **kw),
+        ("=1.0", "=2.0"),
+    ),
+    "max_norm": (
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0 + r, **kw),
+        ("=1.0", "=2.0"),
+    ),
+    "error_if_nonfinite": (
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, error_if_nonfinite=r == 1, **kw),
+        ("=True", "=False"),
+    ),
+    "the norm alone": (
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw) if r else distclip.total_grad_norm(s, **kw),
+        ("total_grad_norm", "clip_grad_norm_"),
+    ),
+    "p = ∞": (
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, torch.inf, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0 + r, torch.inf, **kw),
+        ("=1.0", "=2.0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ASKED)
+@on_ranks(2)
+def test_43_asked_otherwise_after_a_call_that_was_alike(rank: int, layout: str, name: str) -> str:
+    source, kwargs = LAYOUTS[layout]()
+    before, then, quoted = ASKED[name]
+    before(source, rank, **kwargs)
+    return refused(lambda: then(source, rank, **kwargs), *quoted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on_ranks(2)
+def test_43_asked_otherwise_on_all_ranks(rank: int, layout: str) -> None:
+    """That is right, and plans nothing anew."""
+    source, kwargs = LAYOUTS[layout]()
+    for step, raises in enumerate((True, False, True, False)):
+        distclip.total_grad_norm(source, **kwargs)
+        distclip.clip_grad_norm_(source, 1.0 / (1 + step), error_if_nonfinite=raises, **kwargs)
+    torch.testing.assert_close(distclip.total_grad_norm(source, **kwargs).item(), 0.25, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on_ranks(2)
 def test_43_drop_ins(rank: int, layout: str) -> list[str]:
     source, kwargs = LAYOUTS[layout]()
     tensors = list(source.parameters())

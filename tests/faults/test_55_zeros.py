@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,6 +66,24 @@ def test_55_a_norm_of_0_teaches_nothing(row: str) -> None:
         first, second = (t.step(norm) for t in trainings)
         if not row.startswith(("AdaGC", "Chain(AdaGC")):  # whose warm-up counts steps
             assert first == second
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("row", ["percentile", "AutoClip", "AdaGC"])
+def test_55_what_is_learned_has_the_unit_of_the_norms(row: str, unit: float) -> None:
+    """An eps of 1e-6 beside norms of 1e-9 multiplied gradients by a thousandth of what was learned."""
+    made: dict[str, Callable[[], distclip.Strategy]] = {
+        "percentile": lambda: distclip.Percentile(90, multiplier=1.5, warmup=5, initial=math.inf),
+        "AutoClip": lambda: distclip.Percentile(10, multiplier=1, warmup=1, history=None),
+        "AdaGC": lambda: distclip.AdaGC(warmup=5, max_norm=math.inf),
+    }
+    one, tiny = Decisions(made[row]()), Decisions(made[row]())
+    coefficients = []
+    for i in range(40):
+        norm = noise(i) * (30.0 if i % 10 == 9 else 1.0)
+        coefficients.append(one.step(norm).coefficient)
+        assert tiny.step(norm * unit).coefficient == pytest.approx(coefficients[-1], rel=2e-3)
+    assert min(coefficients) < 0.5
 
 
 @pytest.mark.parametrize("tiny", [1e-45, 1e-38, 1e-30, 1e-12])

@@ -258,6 +258,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"history=500, this one has history=200: make it with history=500",
     ),
+    "steps below 0": (
+        loads(ZClip, lambda c: {**c.state_dict(), "steps": -1}),
+        ValueError,
+        r"has been changed since \(steps=-1",
+    ),
+    "micro-batches below 0": (
+        loads(ZClip, lambda c: {**c.state_dict(), "micro_batches": -4}),
+        ValueError,
+        "has been changed since .*micro_batches=-4",
+    ),
     "a path": (loads(ZClip, "clipper.pt"), TypeError, r"state is a str: expected what clipper\.state_dict"),
     "None as state": (loads(ZClip, None), TypeError, "state is a NoneType"),
     "steps": (loads(ZClip, lambda c: {**c.state_dict(), "steps": "many"}), ValueError, "has been changed"),

@@ -143,6 +143,7 @@ class Oracle:
             if total > 0:
                 self.seen = [*self.seen, total][-8:]
             bound = float(np.percentile(self.seen, 50)) if len(self.seen) >= 2 else bound
+            return dict.fromkeys(norms, _scale_above(total, bound))
         if self.kind == "Value first":
             total = self.joined([s for _, s in terms.values()])
         c = _scale(total, bound)
@@ -154,7 +155,7 @@ class Oracle:
         for name, n in norms.items():
             average = self.average.get(name, math.inf)
             bound = self.bound if math.isinf(average) else 1.04 * average
-            coefficients[name] = together if warming else 1.0 if n <= bound else bound / (n + 1e-6)
+            coefficients[name] = together if warming else _scale_above(n, bound)
             clipped = n * together if warming else min(n, bound)
             if clipped:
                 young = warming or math.isinf(average)
@@ -165,6 +166,11 @@ class Oracle:
 
 def _scale(norm: float, bound: float) -> float:
     return min(1.0, bound / (norm + 1e-6))
+
+
+def _scale_above(norm: float, bound: float) -> float:
+    """To what has been learned."""
+    return 1.0 if norm <= bound else bound / (norm + min(1e-6, norm / 1000))
 
 
 # --- one round --------------------------------------------------------------------------------------------
@@ -285,6 +291,8 @@ class Round:
                 # A drop-in knows a list by its tensors, which such changes replace in sharded stages only.
                 unlike = world.kind == "2 stages, one stage sharded"
                 possible = [w for w in possible if not (unlike and w in ALL_REPLACED)]
+            if self.alone and "module" not in self.source_kind:
+                possible = [w for w in possible if w != FROZEN]  # of which a list of the others tells nothing
             words = rng.choice(possible)
             ranks = list(range(SIZE))
             on_some, one = self.alone or rng.random() < 0.15, rng.randrange(SIZE)
@@ -309,6 +317,8 @@ class Round:
             if dist.get_rank() in ranks:
                 CHANGES[words].run(world, own, self.optimizer)
                 self.declared += words.startswith("declared")
+            if words == FROZEN and world.kind == "DDP on two ranks each":
+                self.is_unlike = True  # nothing is left that tells which ranks train together
             if not harmless:
                 self.trained = self.trained and world.flat is not None
 
@@ -459,6 +469,8 @@ class Round:
                 "either" if self.odd in ("order", "one less", "norm_type") else "right" if alike else "either"
             )
         if any(changed) and not all(changed):
+            if all(m[1] or m[5] for m in mates):
+                return "either"  # all plan anew, some of them for another reason
             return "alone" if self.is_pure else "error"
         if all(changed) and not shapes_alike:
             return "error"
@@ -530,6 +542,7 @@ class Round:
 
 
 ODD = {"threshold": "", "policy": "", "overlap": "", "order": "", "one less": ""}
+FROZEN = "all frozen, an adapter added"
 ALL_REPLACED = {"load_state_dict(assign=True)", "to meta and to_empty", "bfloat16", "float64"}
 HARMLESS = ["a new process group", "collected garbage", "the models copied"]
 
