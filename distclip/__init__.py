@@ -5,11 +5,11 @@ parallelism, the same number on every rank, in one small collective.
 """
 
 from distclip import hooks
-from distclip._decision import Clamp, Decision, Scale, Then
-from distclip._norms import Norms
-from distclip._report import ClipReport
 from distclip._version import __version__ as __version__
 from distclip.clipper import Clipper
+from distclip.decide.decision import Clamp, Decision, Scale, Then
+from distclip.decide.norms import Norms
+from distclip.decide.report import ClipReport
 from distclip.errors import DistclipError, NonFiniteError, OwnershipError, SettingsError
 from distclip.functional import (
     clip_grad_norm_,

@@ -17,10 +17,22 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip._accumulation import MicroBatch, Window
-from distclip._advice import Advice, is_main_rank, logger, warn_alike
-from distclip._apply import OnNonfinite, Outcome, change, changes, require_policy, resolve
-from distclip._arguments import (
+from distclip.apply.accumulation import MicroBatch, Window
+from distclip.apply.change import OnNonfinite, Outcome, change, changes, require_policy, resolve
+from distclip.apply.loss_scale import LossScale, reciprocal, scale_on_cpu
+from distclip.apply.optimizer_step import parameters_of, require_covered, require_fused, take_step
+from distclip.apply.stepped import LIVING, AfterStep, StepGuard, Used, living_here
+from distclip.current.parameter_set import ParameterSet
+from distclip.decide.norms import LARGEST, Norms
+from distclip.decide.report import ClipReport
+from distclip.errors import NonFiniteError
+from distclip.inspection.advice import Advice, is_main_rank, logger, warn_alike
+from distclip.inspection.description import Description, describe
+from distclip.inspection.diagnosis import nonfinite_ranks, say_where
+from distclip.inspection.sharing import Usage, claim, count_use, require_nobody_absent
+from distclip.inspection.verification import verify_counting
+from distclip.kernels.looking import look_at_one
+from distclip.layout.arguments import (
     as_count,
     as_loss,
     as_optimizers,
@@ -29,24 +41,12 @@ from distclip._arguments import (
     require_source,
     require_strategy,
 )
-from distclip._description import Description, describe
-from distclip._diagnosis import nonfinite_ranks, say_where
-from distclip._gradients import Gradients, collect
-from distclip._kernels.looking import look_at_one
-from distclip._loss_scale import LossScale, reciprocal, scale_on_cpu
-from distclip._norms import LARGEST, Norms
-from distclip._optimizer_step import parameters_of, require_covered, require_fused, take_step
-from distclip._parameter_set import ParameterSet
-from distclip._parameters import Parameters, bare_tensors, freeze_source
-from distclip._plan import Plan
-from distclip._reduction import local_loss
-from distclip._report import ClipReport
-from distclip._sharing import Usage, claim, count_use, require_nobody_absent
-from distclip._source import witness_of
-from distclip._stepped import LIVING, AfterStep, StepGuard, Used, living_here
-from distclip._synchronisation import Synchronisation
-from distclip._verification import verify_counting
-from distclip.errors import NonFiniteError
+from distclip.layout.parameters import Parameters, bare_tensors, freeze_source
+from distclip.layout.source import witness_of
+from distclip.layout.synchronisation import Synchronisation
+from distclip.measure.gradients import Gradients, collect
+from distclip.measure.reduction import local_loss
+from distclip.planning.plan import Plan
 from distclip.strategies._base import Strategy
 
 

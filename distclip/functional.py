@@ -20,20 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distclip import _kernels as kernels
-from distclip._apply import OnNonfinite, change, resolve
-from distclip._as_called import AsCalled
-from distclip._decision import Scale
-from distclip._gradients import collect
-from distclip._life import life_of
-from distclip._norms import Norms
-from distclip._parameter_set import ParameterSet
-from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
-from distclip._placement import Axis
-from distclip._plan import build_plan
-from distclip._reduction import plain, summed
-from distclip._slots import Slots
-from distclip._transfer import bound_on
+from distclip import kernels
+from distclip.apply.change import OnNonfinite, change, resolve
+from distclip.current.as_called import AsCalled
+from distclip.current.parameter_set import ParameterSet
+from distclip.decide.decision import Scale
+from distclip.decide.norms import Norms
+from distclip.decide.transfer import bound_on
+from distclip.layout.life import life_of
+from distclip.layout.parameters import Parameters, bare_tensors, freeze_source, named_parameters
+from distclip.layout.placement import Axis
+from distclip.measure.gradients import collect
+from distclip.measure.reduction import plain, summed
+from distclip.measure.slots import Slots
+from distclip.planning.plan import build_plan
 from distclip.strategies._base import require_bound, require_norm_type, scale_to
 
 

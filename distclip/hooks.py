@@ -46,16 +46,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distclip import _kernels as kernels
-from distclip._averaging import after_averaging
-from distclip._declarations import Declared
-from distclip._gradients import Gradients
-from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters
-from distclip._placement import PlacementReader
-from distclip._single import Single, coefficient_to, norm_from, sums_of
-from distclip._source import begun_to_train, witness_of
-from distclip._synchronisation import is_fsdp2
-from distclip._transfer import bound_on
+from distclip import kernels
+from distclip.decide.transfer import bound_on
+from distclip.layout.averaging import after_averaging
+from distclip.layout.declarations import Declared
+from distclip.layout.parameters import Parameters, bare_tensors, freeze_source, named_parameters
+from distclip.layout.placement import PlacementReader
+from distclip.layout.source import begun_to_train, witness_of
+from distclip.layout.synchronisation import is_fsdp2
+from distclip.measure.gradients import Gradients
+from distclip.measure.single import Single, coefficient_to, norm_from, sums_of
 from distclip.strategies._base import require_bound, require_norm_type
 
 When: TypeAlias = Literal["gradient", "accumulated"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distclip import _declarations
-from distclip._placement import Axis, Declaration
+from distclip.layout import declarations
+from distclip.layout.placement import Axis, Declaration
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 """A process group, or a 1-D mesh (``mesh["tp"]``)."""
@@ -65,11 +65,11 @@ def declare(
         if declaration.partial:
             for parameter in module_or_parameter.parameters():
                 _require_plain(parameter)
-        _declarations.add_to_module(module_or_parameter, declaration)
+        declarations.add_to_module(module_or_parameter, declaration)
     elif isinstance(module_or_parameter, Tensor):
         if declaration.partial:
             _require_plain(module_or_parameter)
-        _declarations.add_to_parameter(module_or_parameter, declaration)
+        declarations.add_to_parameter(module_or_parameter, declaration)
     else:
         raise TypeError(f"expected a Module or a parameter, got {type(module_or_parameter).__name__}")
 

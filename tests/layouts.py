@@ -595,7 +595,7 @@ def declared_partial() -> Case:
         (shard * torch.randn(3, 4)).sum().backward()
 
     def gather(name: str, parameter: Tensor) -> Tensor | None:
-        from distclip._reduction import is_summed
+        from distclip.measure.reduction import is_summed
 
         if name == "shard":
             return over(name, parameter)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip import _kernels as kernels
+from distclip import kernels
 from distclip.bench.contenders import CONTENDERS, Absent, Clip
 from distclip.bench.counting import count, count_cuda_syncs
 from distclip.bench.models import Model, build

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from distclip._advice import is_main_rank, logger
-from distclip._optimizer_step import _lacks_momentum, is_fused, parameters_of, readable
-from distclip._transfer import Transfer
+from distclip.apply.optimizer_step import _lacks_momentum, is_fused, parameters_of, readable
 from distclip.clipper import Clipper
+from distclip.decide.transfer import Transfer
+from distclip.inspection.advice import is_main_rank, logger
 
 
 class StepSkipper:

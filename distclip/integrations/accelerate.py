@@ -19,21 +19,15 @@ from torch.amp.grad_scaler import OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distclip import _kernels as kernels
-from distclip._advice import is_main_rank
-from distclip._apply import OnNonfinite, require_policy
-from distclip._as_called import AsCalled
-from distclip._gradients import collect
-from distclip._loss_scale import LossScale, record
-from distclip._optimizer_step import parameters_of
-from distclip._parameters import Parameters, bare_tensors, freeze_source, named_parameters, walk_modules
-from distclip._placement import MANAGED
-from distclip._plan import Plan, build_plan
-from distclip._report import ClipReport
-from distclip._source import begun_to_train
-from distclip._synchronisation import Synchronisation
-from distclip._transfer import bound_on
+from distclip import kernels
+from distclip.apply.change import OnNonfinite, require_policy
+from distclip.apply.loss_scale import LossScale, record
+from distclip.apply.optimizer_step import parameters_of
 from distclip.clipper import Clipper
+from distclip.current.as_called import AsCalled
+from distclip.decide.report import ClipReport
+from distclip.decide.transfer import bound_on
+from distclip.inspection.advice import is_main_rank
 from distclip.integrations._stepping import (
     KeepingScaler,
     StepOfAccelerate,
@@ -42,6 +36,12 @@ from distclip.integrations._stepping import (
     leave_behind,
     load_if_it_fits,
 )
+from distclip.layout.parameters import Parameters, bare_tensors, freeze_source, named_parameters, walk_modules
+from distclip.layout.placement import MANAGED
+from distclip.layout.source import begun_to_train
+from distclip.layout.synchronisation import Synchronisation
+from distclip.measure.gradients import collect
+from distclip.planning.plan import Plan, build_plan
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.training.unscaling import unscale_
 

@@ -16,14 +16,14 @@ from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
-from distclip._advice import is_main_rank, logger
-from distclip._apply import OnNonfinite
-from distclip._optimizer_step import parameters_of
-from distclip._parameters import named_parameters
-from distclip._report import ClipReport
-from distclip._source import Witness, witness_of
+from distclip.apply.change import OnNonfinite
+from distclip.apply.optimizer_step import parameters_of
 from distclip.clipper import Clipper
+from distclip.decide.report import ClipReport
+from distclip.inspection.advice import is_main_rank, logger
 from distclip.integrations._stepping import StepSkipper, load_if_it_fits
+from distclip.layout.parameters import named_parameters
+from distclip.layout.source import Witness, witness_of
 from distclip.strategies._base import Strategy
 from distclip.strategies._pattern import require_fit
 from distclip.training.unscaling import unscale_

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import nn
 
-from distclip._declarations import add_to_names
-from distclip._parameters import walk_modules
+from distclip.layout.declarations import add_to_names
+from distclip.layout.parameters import walk_modules
 from distclip.ownership import Group, declaration_of, declare
 
 

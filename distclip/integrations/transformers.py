@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip._apply import OnNonfinite
-from distclip._report import ClipReport
+from distclip.apply.change import OnNonfinite
+from distclip.decide.report import ClipReport
 from distclip.integrations import accelerate
 from distclip.strategies._base import Strategy
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from distclip._advice import NEVER_STEPS, OFTEN
 from distclip._version import __version__
+from distclip.inspection.advice import NEVER_STEPS, OFTEN
 from distclip.launching import VARIABLES, launch_problems
 from distclip.monitor.recommendation import Recommendation, recommend
 from distclip.monitor.run import HistoryError, Run

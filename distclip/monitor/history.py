@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip._advice import is_main_rank
-from distclip._report import ClipReport
 from distclip._version import __version__
+from distclip.decide.report import ClipReport
+from distclip.inspection.advice import is_main_rank
 from distclip.monitor.journal import Journal
 from distclip.strategies._base import Strategy
 

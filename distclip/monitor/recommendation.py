@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distclip._advice import SPIKE_FACTOR, SPIKE_SIGMAS, round_up, suggest_max_norm
+from distclip.inspection.advice import SPIKE_FACTOR, SPIKE_SIGMAS, round_up, suggest_max_norm
 from distclip.monitor.replaying import tally
 from distclip.monitor.run import Floats, HistoryError, Run
 from distclip.strategies import Percentile

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distclip._apply import OnNonfinite, resolve
-from distclip._decision import Scale
-from distclip._norms import Norms, grouped
-from distclip._parameters import ParameterInfo
-from distclip._report import ClipReport
+from distclip.apply.change import OnNonfinite, resolve
+from distclip.decide.decision import Scale
+from distclip.decide.norms import Norms, grouped
+from distclip.decide.parameter_info import ParameterInfo
+from distclip.decide.report import ClipReport
 from distclip.monitor.history import written
 from distclip.monitor.run import Floats, HistoryError, Run, read
 from distclip.strategies._base import Strategy

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distclip._decision import Decision
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Decision
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._saved import require_own
 
 SUPPORTED_NORM_TYPES = (0.5, 1.0, 2.0, 3.0, math.inf)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from distclip._parameters import ParameterInfo
+from distclip.decide.parameter_info import ParameterInfo
 
 _TOLD_APART = re.compile(
     r"#\d+$"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._base import Strategy, listed, require_bound, scale_to, state
 from distclip.strategies._history import require_count
 from distclip.strategies._threshold import scale_above

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._base import Strategy, listed, require_bound, state
 from distclip.strategies._pattern import Patterns
 

@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from distclip._decision import Clamp, Decision, Scale, Then
-from distclip._norms import Norms, combine, grouped
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Clamp, Decision, Scale, Then
+from distclip.decide.norms import Norms, combine, grouped
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._base import Strategy, listed
 from distclip.strategies.value import Value
 

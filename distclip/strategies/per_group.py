@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._base import Strategy, listed, require_bound, require_norm_type, scale_to
 from distclip.strategies._pattern import Patterns
 

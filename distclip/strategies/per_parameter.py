@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy, require_bound, require_norm_type, scale_to
 from distclip.strategies._threshold import Schedule, Threshold
 

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
 from distclip.strategies._history import History, require_count, teaches
 from distclip.strategies._threshold import scale_above

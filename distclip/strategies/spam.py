@@ -8,8 +8,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from distclip._decision import Clamp, Decision
-from distclip._norms import Norms
+from distclip.decide.decision import Clamp, Decision
+from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy, require_bound
 
 

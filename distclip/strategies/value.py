@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from distclip._decision import Clamp, Decision
-from distclip._norms import Norms
+from distclip.decide.decision import Clamp, Decision
+from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy
 from distclip.strategies._threshold import Schedule, Threshold
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distclip._decision import Decision, Scale
-from distclip._norms import Norms
+from distclip.decide.decision import Decision, Scale
+from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy, require_bound, state
 from distclip.strategies._history import require_count, teaches
 from distclip.strategies._threshold import scale_above

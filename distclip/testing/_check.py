@@ -14,8 +14,8 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from distclip._decision import Clamp, Decision, Scale, Then
-from distclip._norms import Norms, combine
+from distclip.decide.decision import Clamp, Decision, Scale, Then
+from distclip.decide.norms import Norms, combine
 from distclip.strategies._base import Strategy
 from distclip.testing._histories import PARAMETERS, histories, levels, norms_for
 from distclip.testing._surroundings import HostReads, as_rank, random_state

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._base import Strategy
 
 PARAMETERS = tuple(

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from distclip import _kernels as kernels
-from distclip._averaging import after_averaging
-from distclip._gradients import Gradients
-from distclip._in_backward import STEPPED, require_gradients_after_backward
-from distclip._norms import Norms
-from distclip._optimizer_step import take_step
-from distclip._ownership import OutdatedPlan
-from distclip._parameters import named_parameters
-from distclip._plan import build_plan
-from distclip._reduction import News, reduce_message
-from distclip._report import ClipReport
-from distclip._single import Single, coefficient_to, norm_from
-from distclip._source import begun_to_train, witness_of
-from distclip._synchronisation import wrappers
+from distclip import kernels
+from distclip.apply.optimizer_step import take_step
+from distclip.decide.norms import Norms
+from distclip.decide.report import ClipReport
 from distclip.hooks import Handle, require_whole
+from distclip.layout.averaging import after_averaging
+from distclip.layout.in_backward import STEPPED, require_gradients_after_backward
+from distclip.layout.parameters import named_parameters
+from distclip.layout.source import begun_to_train, witness_of
+from distclip.layout.synchronisation import wrappers
+from distclip.measure.gradients import Gradients
+from distclip.measure.reduction import News, reduce_message
+from distclip.measure.single import Single, coefficient_to, norm_from
+from distclip.planning.ownership import OutdatedPlan
+from distclip.planning.plan import build_plan
 from distclip.strategies.global_norm import GlobalNorm
 from distclip.strategies.per_parameter import PerParameter
 from distclip.strategies.value import Value

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from distclip import _kernels as kernels
-from distclip._gradients import collect
-from distclip._loss_scale import LossScale, record
-from distclip._optimizer_step import require_covered
+from distclip import kernels
+from distclip.apply.loss_scale import LossScale, record
+from distclip.apply.optimizer_step import require_covered
 from distclip.clipper import Clipper
+from distclip.measure.gradients import collect
 
 
 @torch.no_grad()

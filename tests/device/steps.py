@@ -27,12 +27,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distclip
-from distclip import _advice, hooks
-from distclip._apply import change, resolve
-from distclip._gradients import Bucket, Gradients
-from distclip._norms import Norms
-from distclip._slots import Slots
-from distclip._transfer import Transfer
+from distclip import hooks
+from distclip.apply.change import change, resolve
+from distclip.decide.norms import Norms
+from distclip.decide.transfer import Transfer
+from distclip.inspection import advice
+from distclip.measure.gradients import Bucket, Gradients
+from distclip.measure.slots import Slots
 from distclip.testing._surroundings import waits
 
 DEVICE = "elsewhere"
@@ -244,7 +245,7 @@ def advised() -> Step:
 
     def step(i: int) -> None:
         backward(net)
-        with mock.patch.object(_advice, "FIRST_LOOK", 3), mock.patch.object(Transfer, "arrived", False):
+        with mock.patch.object(advice, "FIRST_LOOK", 3), mock.patch.object(Transfer, "arrived", False):
             clipper.clip()
         assert (clipper._advice._coming is not None) == (i >= 2)
 

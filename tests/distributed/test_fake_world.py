@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distclip
-from distclip._parameters import named_parameters
-from distclip._plan import Plan, build_plan
+from distclip.layout.parameters import named_parameters
+from distclip.planning.plan import Plan, build_plan
 
 WORLDS = {8: (4, 2), 64: (8, 8), 16_384: (2048, 8)}  # (dp, tp)
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip._declarations import Declared, add_to_parameter
-from distclip._parameters import NamedParameter
-from distclip._placement import MANAGED, SUMMED
+from distclip.layout.declarations import Declared, add_to_parameter
+from distclip.layout.parameters import NamedParameter
+from distclip.layout.placement import MANAGED, SUMMED
 from tests import oracle
 from tests.counting import count_host_syncs, unordered_sums
 from tests.harness import on_row

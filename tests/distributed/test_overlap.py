@@ -17,7 +17,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip import _kernels, _overlap
+from distclip import kernels
+from distclip.measure import overlap
 from tests import oracle
 from tests.distributed.test_laws import bits, local
 from tests.harness import on_ranks, on_row
@@ -41,8 +42,8 @@ def measured_now() -> Iterator[list[int]]:
         sizes.append(len(tensors))
         return power_sums(tensors, *args)
 
-    power_sums = _kernels.power_sums
-    with mock.patch.object(_kernels, "power_sums", counting):
+    power_sums = kernels.power_sums
+    with mock.patch.object(kernels, "power_sums", counting):
         yield sizes
 
 
@@ -286,7 +287,7 @@ def test_batches_are_measured_while_backward_runs() -> None:
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
     clipper = distclip.Clipper(model, distclip.GlobalNorm(1.0), overlap=True)
     _ = clipper.plan
-    with mock.patch.object(_overlap, "_BATCH", 1000), measured_now() as sizes:
+    with mock.patch.object(overlap, "_BATCH", 1000), measured_now() as sizes:
         model(torch.randn(2, 40)).sum().backward()
     assert len(sizes) >= 4
     assert sum(sizes) == 8
@@ -311,11 +312,11 @@ def test_gradients_of_unlike_streams_are_measured_apart() -> None:
         measured.append({brought[t.data_ptr()] for t in tensors})
         return power_sums(tensors, *args)
 
-    power_sums = _kernels.power_sums
+    power_sums = kernels.power_sums
     with (
-        mock.patch.object(_overlap, "_BATCH", 700),
-        mock.patch.object(_overlap, "_current_stream", stream),
-        mock.patch.object(_kernels, "power_sums", noting),
+        mock.patch.object(overlap, "_BATCH", 700),
+        mock.patch.object(overlap, "_current_stream", stream),
+        mock.patch.object(kernels, "power_sums", noting),
     ):
         model(torch.randn(3, 20)).square().sum().backward()
         assert {0} in measured

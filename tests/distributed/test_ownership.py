@@ -21,8 +21,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from distclip import _kernels as kernels
-from distclip import _scope, functional
+from distclip import functional, kernels
+from distclip.layout import scope
 from tests import oracle
 from tests.harness import let_go, on_ranks
 from tests.layouts import mesh1
@@ -297,8 +297,8 @@ def test_a_group_of_ranks_that_are_in_unlike_numbers_of_groups(rank: int) -> Non
         dist.new_group([0], use_local_synchronization=True)
     if rank < 3:
         for _ in range(2):  # the second after the first was destroyed
-            group = _scope._group_of((0, 1, 2))
-            assert _scope._group_of((0, 1, 2)) is group
+            group = scope._group_of((0, 1, 2))
+            assert scope._group_of((0, 1, 2)) is group
             count = torch.ones(1)
             dist.all_reduce(count, group=group)
             assert count.item() == 3
@@ -320,14 +320,14 @@ def test_the_message_travels_where_all_ranks_send_it(rank: int) -> None:
         ([on_gpu], True, "cuda"),
         ([on_cpu, on_gpu], True, "cuda"),
     ):
-        assert _scope.message_device(both, mine, accelerated=accelerated).type == kind
-        assert _scope.message_device(one, mine, accelerated=accelerated).type == "cpu"
-        assert _scope.first_message_device(both, mine).type == "cpu"
+        assert scope.message_device(both, mine, accelerated=accelerated).type == kind
+        assert scope.message_device(one, mine, accelerated=accelerated).type == "cpu"
+        assert scope.first_message_device(both, mine).type == "cpu"
     with FakeTensorMode():
         on_second = torch.empty(1, device="cuda:1")
     gpus = dist.new_group(backend="cuda:gloo")
-    assert _scope.first_message_device(gpus, [on_cpu, on_second]) == torch.device("cuda:1")
-    assert _scope.first_message_device(gpus, [on_cpu]).type == "cuda"
+    assert scope.first_message_device(gpus, [on_cpu, on_second]) == torch.device("cuda:1")
+    assert scope.first_message_device(gpus, [on_cpu]).type == "cuda"
 
 
 @on_ranks(4)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import distclip
-from distclip._apply import parts
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.apply.change import parts
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 
 BEFORE, AFTER = 80, 180
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import distclip
-from distclip import _overlap
+from distclip.measure import overlap
 from tests import oracle
 from tests.harness import on_ranks
 from tests.layouts import mesh1
@@ -434,10 +434,10 @@ def compare(name: str, make: Callable[[bool], Run], *, listens: bool = True) -> 
     return norms
 
 
-@pytest.mark.parametrize("batch", [1, _overlap._BATCH])
+@pytest.mark.parametrize("batch", [1, overlap._BATCH])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_30_in_one_process(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_overlap, "_BATCH", batch)  # 1: each gradient is measured when the next one comes
+    monkeypatch.setattr(overlap, "_BATCH", batch)  # 1: each gradient is measured when the next one comes
 
     def make(overlap: bool) -> Run:
         model = Towers()

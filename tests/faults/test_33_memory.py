@@ -16,7 +16,7 @@ from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import distclip
-from distclip._memory import Region, overlapping
+from distclip.layout.memory import Region, overlapping
 from tests import oracle
 from tests.faults.ways import BOUND, clipping
 from tests.harness import on_ranks

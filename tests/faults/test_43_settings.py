@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
 from distclip import AGC, AdaGC, Chain, GlobalNorm, Percentile, PerGroup, PerParameter, Strategy, Value, ZClip
-from distclip._settings import described
+from distclip.planning.settings import described
 from tests.harness import on_ranks
 from tests.layouts import mesh1, mesh2
 

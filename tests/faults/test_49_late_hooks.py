@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip import _overlap
+from distclip.measure import overlap
 from tests import oracle
 from tests.harness import on_ranks
 from tests.layouts import mesh1
@@ -33,7 +33,7 @@ def model_of(sizes: str) -> nn.Sequential:
 
 
 SIZES = ["large", "small", "large in the middle", "large and last", "large and first"]
-assert _overlap._BATCH == LARGE
+assert overlap._BATCH == LARGE
 
 
 def scales(p: Any) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import distclip
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.testing import check_strategy
 from tests.faults.levels import noise
 

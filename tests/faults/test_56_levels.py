@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import distclip
-from distclip._advice import SKIPS
-from distclip._norms import Norms
+from distclip.decide.norms import Norms
+from distclip.inspection.advice import SKIPS
 from tests.faults.levels import ADAPTIVE, BEFORE, SEQUENCES, Decisions, Training, noise
 
 SHIFTS = ("twice", "ten times", "a thousand times", "constant, then twice", "constant, then a little more")

@@ -583,18 +583,18 @@ def _join(parts: list[dict[Key, tuple[float, float]]]) -> tuple[dict[Key, tuple[
 
 @on_ranks(SIZE)
 def _rounds(rank: int, seeds: list[int], directory: str) -> list[Played]:
-    from distclip import _arrival
+    from distclip.planning import arrival
 
-    at_most, patience = _arrival._timeout_of, _arrival.PATIENCE
+    at_most, patience = arrival._timeout_of, arrival.PATIENCE
     torch.autograd.set_multithreading_enabled(False)
     note = Path(directory, str(rank))
     found: list[Played] = []
     for seed in seeds:
         turn = Round(seed, note)
         if turn.alone:
-            _arrival._timeout_of, _arrival.PATIENCE = lambda group: GIVES_UP, GIVES_UP / 2
+            arrival._timeout_of, arrival.PATIENCE = lambda group: GIVES_UP, GIVES_UP / 2
         played = turn.play()
-        _arrival._timeout_of, _arrival.PATIENCE = at_most, patience
+        arrival._timeout_of, arrival.PATIENCE = at_most, patience
         found.append(played)
         del turn
         gc.collect()

@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
 import distclip
-from distclip import _arrival
-from distclip._arrival import _sentence
+from distclip.planning import arrival
+from distclip.planning.arrival import _sentence
 from tests.faults.ways import BOUND
 from tests.harness import on_ranks
 
@@ -38,13 +38,13 @@ def heard(patience: float = 0.2) -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger, before = logging.getLogger("distclip"), _arrival.PATIENCE
+    logger, before = logging.getLogger("distclip"), arrival.PATIENCE
     logger.addHandler(handler)
-    _arrival.PATIENCE = patience
+    arrival.PATIENCE = patience
     try:
         yield lines
     finally:
-        _arrival.PATIENCE = before
+        arrival.PATIENCE = before
         logger.removeHandler(handler)
 
 
@@ -272,11 +272,11 @@ def test_sixteen_thousand_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 7)
     store: Any = _Store(come=20)
     group: Any = None
-    missing = _arrival._missing(store, "room", group)
+    missing = arrival._missing(store, "room", group)
     assert missing == list(range(20, 16_384))
     looked = store.checks
     for _ in range(50):
-        assert _arrival._missing(store, "room", group) == missing
+        assert arrival._missing(store, "room", group) == missing
     assert store.checks - looked == 50
     text = _sentence(30.0, missing, ["a", "b", "c"])
     assert "rank(s) 20, 21, 22, 23, 24, 25, 26, 27, … (16364 ranks)" in text
@@ -287,6 +287,6 @@ def test_a_few_that_are_missed_are_looked_for_again(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(1000)))
     store: Any = _Store(come=990)
     group: Any = None
-    assert _arrival._missing(store, "room", group) == list(range(990, 1000))
+    assert arrival._missing(store, "room", group) == list(range(990, 1000))
     store.come = 995
-    assert _arrival._missing(store, "room", group) == list(range(995, 1000))
+    assert arrival._missing(store, "room", group) == list(range(995, 1000))

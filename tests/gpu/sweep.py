@@ -1,7 +1,7 @@
 """Which block sizes of the Triton kernels are the fastest on this GPU: python -m tests.gpu.sweep
 
 GB/s of Σg² and of the scaling of Llama's layers, in float32 and bfloat16, beside a plain read and a copy; the
-values in ``distclip/_kernels/triton.py`` are the first line.
+values in ``distclip/kernels/triton.py`` are the first line.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import torch
 
-from distclip import _kernels as kernels
-from distclip._kernels import triton
+from distclip import kernels
+from distclip.kernels import triton
 from tests.gpu.test_triton import SIZES, milliseconds, randn
 
 BLOCKS, WARPS, REPEATS, CHUNKS = (512, 1024, 2048, 4096), (4, 8), (1, 2, 4), (1024, 4096)

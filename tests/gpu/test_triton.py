@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import _kernels as kernels
-from distclip._kernels import foreach, triton
+from distclip import kernels
+from distclip.kernels import foreach, triton
 
 pytestmark = [
     pytest.mark.gpu,

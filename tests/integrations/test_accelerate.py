@@ -567,7 +567,7 @@ def test_an_infinite_max_norm_only_measures() -> None:
 
 @on_ranks(2)
 def test_new_lists_of_the_same_parameters_are_planned_once(rank: int) -> None:
-    from distclip import _parameter_set as module
+    from distclip.current import parameter_set as module
     from distclip.integrations import accelerate as integration
 
     made = []

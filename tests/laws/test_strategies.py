@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distclip._decision import Clamp, Decision, Then
-from distclip._norms import Norms
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Clamp, Decision, Then
+from distclip.decide.norms import Norms
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies import (
     AdaGC,
     Chain,

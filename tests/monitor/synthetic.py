@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distclip._report import ClipReport
+from distclip.decide.report import ClipReport
 from tests.counting import count_host_syncs
 
 Floats = NDArray[np.float64]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from distclip._advice import FIRST_LOOK, Advice, suggest_max_norm
-from distclip._transfer import Transfer
+from distclip.decide.transfer import Transfer
+from distclip.inspection.advice import FIRST_LOOK, Advice, suggest_max_norm
 from distclip.monitor import Recommendation, read, recommend
 from distclip.monitor.run import HistoryError
 from tests.monitor import synthetic

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import distclip
-from distclip._report import ClipReport
+from distclip.decide.report import ClipReport
 from distclip.monitor import History, parse_strategy, read, replay
 from distclip.monitor.history import written
 from distclip.monitor.replaying import differences, tally

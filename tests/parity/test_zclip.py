@@ -7,7 +7,7 @@ import pytest
 import torch
 from zclip import ZClip as PublicZClip
 
-from distclip._norms import Norms
+from distclip.decide.norms import Norms
 from distclip.strategies import ZClip
 from tests.parity.steps import agree, clip, model, spiky_gradients
 

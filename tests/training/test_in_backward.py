@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from distclip._in_backward import require_gradients_after_backward, uses_optimizer_in_backward
-from distclip._parameters import named_parameters
+from distclip.layout.in_backward import require_gradients_after_backward, uses_optimizer_in_backward
+from distclip.layout.parameters import named_parameters
 from distclip.training.in_backward import InBackward
 from tests import oracle
 from tests.counting import count_host_syncs

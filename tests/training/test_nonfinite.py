@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip._diagnosis import say_where
+from distclip.inspection.diagnosis import say_where
 from tests.harness import on_ranks, on_row
 from tests.layouts import mesh1
 from tests.training.spread import (

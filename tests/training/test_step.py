@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip._optimizer_step import readable
+from distclip.apply.optimizer_step import readable
 from tests import oracle
 from tests.counting import compares
 from tests.harness import on_ranks, on_row

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from distclip._fingerprint import _TOGETHER, TOLERANCE, fingerprints
+from distclip.planning.fingerprint import _TOGETHER, TOLERANCE, fingerprints
 
 CPU = torch.device("cpu")
 

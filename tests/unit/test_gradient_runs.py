@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import _meter, _slots
-from distclip._gradients import Gradients
-from distclip._transfer import on_device
+from distclip.decide.transfer import on_device
+from distclip.measure import meter, slots
+from distclip.measure.gradients import Gradients
 from tests import oracle
 
 
@@ -146,7 +146,7 @@ def test_runs_come_in_the_order_of_parameters(monkeypatch: pytest.MonkeyPatch) -
     clipper = distclip.Clipper(parameters, distclip.PerParameter(1e-3))
     _ = clipper.plan
     brought = []
-    for module in (_meter, _slots):
+    for module in (meter, slots):
         monkeypatch.setattr(
             module, "on_device", lambda values, *to: brought.append(values) or on_device(values, *to)
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip import _kernels as kernels
+from distclip import kernels
 
 NORM_TYPES = (0.5, 1.0, 2.0, 3.0, math.inf)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
@@ -190,7 +190,7 @@ def test_two_threads_do_not_share_memory() -> None:
 def test_what_is_not_kept_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.randn(n) for n in (100, 5_000, 70_001)]
     kept = measured(tensors, 2)
-    monkeypatch.setattr("distclip._kernels.foreach._KEPT", 1000)
+    monkeypatch.setattr("distclip.kernels.foreach._KEPT", 1000)
     kernels.foreach._rows_of.cache_clear()
     assert measured(tensors, 2) == kept
     assert kernels.foreach._rows_of.cache_info().currsize == 0

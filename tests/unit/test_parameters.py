@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip._parameters import named_parameters
+from distclip.layout.parameters import named_parameters
 
 
 def model() -> nn.Sequential:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distclip._source import witness_of
+from distclip.layout.source import witness_of
 
 
 class Net(nn.Module):

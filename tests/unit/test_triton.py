@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distclip import _kernels as kernels
-from distclip._kernels import foreach, programs
-from distclip._kernels import triton as host
+from distclip import kernels
+from distclip.kernels import foreach, programs
+from distclip.kernels import triton as host
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -124,8 +124,8 @@ def test_not_imported_without_a_gpu() -> None:
     code = (
         "import sys, torch, distclip; w = torch.nn.Parameter(torch.ones(3)); w.grad = torch.ones(3)\n"
         "distclip.Clipper([w], distclip.GlobalNorm(0.1)).clip()\n"
-        "assert 'distclip._kernels.foreach' in sys.modules\n"
-        "assert 'distclip._kernels.triton' not in sys.modules"
+        "assert 'distclip.kernels.foreach' in sys.modules\n"
+        "assert 'distclip.kernels.triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -141,7 +141,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "works_on", lambda device: True)
     for name in ("triton", "programs"):
         monkeypatch.delattr(kernels, name)
-        monkeypatch.delitem(sys.modules, f"distclip._kernels.{name}")
+        monkeypatch.delitem(sys.modules, f"distclip.kernels.{name}")
     monkeypatch.setitem(sys.modules, "triton", None)  # makes the import fail
     assert not kernels._runs_in_triton(CUDA)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from triton.runtime import interpreter
 
 import distclip
-from distclip import _kernels as kernels
-from distclip._kernels import foreach, programs
-from distclip._kernels import triton as host
+from distclip import kernels
+from distclip.kernels import foreach, programs
+from distclip.kernels import triton as host
 
 # NumPy, which computes here, warns of what is meant to happen.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from distclip._decision import Scale
-from distclip._norms import Norms, combine
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Scale
+from distclip.decide.norms import Norms, combine
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies import AdaGC
 
 

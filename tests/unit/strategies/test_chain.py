@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip._decision import Clamp, Decision, Scale, Then
-from distclip._norms import Norms, combine
-from distclip._parameters import ParameterInfo
+from distclip.decide.decision import Clamp, Decision, Scale, Then
+from distclip.decide.norms import Norms, combine
+from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies import (
     Chain,
     GlobalNorm,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip._norms import Norms
+from distclip.decide.norms import Norms
 from distclip.strategies import Percentile
 
 

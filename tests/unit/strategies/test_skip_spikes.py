@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from distclip._norms import Norms
+from distclip.decide.norms import Norms
 from distclip.strategies import SkipSpikes
 
 

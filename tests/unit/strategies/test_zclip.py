@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from distclip._decision import Scale
-from distclip._norms import Norms
+from distclip.decide.decision import Scale
+from distclip.decide.norms import Norms
 from distclip.strategies import ZClip
 
 
