@@ -1,52 +1,31 @@
-"""The clipper: one object that owns plan, strategy and report."""
+"""The clipper: one object that is made once, and called in every step."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.apply.accumulation import MicroBatch, Window
-from distclip.apply.change import OnNonfinite, Outcome, change, changes, require_policy, resolve
-from distclip.apply.loss_scale import LossScale, reciprocal, scale_on_cpu
-from distclip.apply.optimizer_step import parameters_of, require_covered, require_fused, take_step
-from distclip.apply.stepped import LIVING, AfterStep, StepGuard, Used, living_here
-from distclip.current.parameter_set import ParameterSet
-from distclip.decide.norms import LARGEST, Norms
+from distclip.apply.accumulation import MicroBatch
+from distclip.apply.change import OnNonfinite
 from distclip.decide.report import ClipReport
-from distclip.errors import NonFiniteError
-from distclip.inspection.advice import Advice, is_main_rank, logger, warn_alike
 from distclip.inspection.description import Description, describe
-from distclip.inspection.diagnosis import nonfinite_ranks, say_where
-from distclip.inspection.sharing import Usage, claim, count_use, require_nobody_absent
+from distclip.inspection.diagnosis import nonfinite_ranks
 from distclip.inspection.verification import verify_counting
-from distclip.kernels.looking import look_at_one
-from distclip.layout.arguments import (
-    as_count,
-    as_loss,
-    as_optimizers,
-    require_group,
-    require_scaler,
-    require_source,
-    require_strategy,
-)
-from distclip.layout.parameters import Parameters, bare_tensors, freeze_source
-from distclip.layout.source import witness_of
-from distclip.layout.synchronisation import Synchronisation
-from distclip.measure.gradients import Gradients, collect
-from distclip.measure.reduction import local_loss
+from distclip.layout.arguments import as_optimizers, require_scaler
+from distclip.layout.parameters import Parameters
+from distclip.measure.gradients import collect
 from distclip.planning.plan import Plan
+from distclip.step import saved
+from distclip.step.clipping import Clipping
+from distclip.step.stepping import Stepping
 from distclip.strategies._base import Strategy
 
 
@@ -118,59 +97,41 @@ class Clipper:
         overlap: bool = False,
         accumulate: torch.dtype = torch.float32,
     ) -> None:
-        require_strategy(strategy, Strategy, parameters)
-        if apply not in ("inplace", "deferred"):
-            raise ValueError(f"{apply=}: expected 'inplace' or 'deferred'")
-        if overlap and (strategy.per_unit or strategy.num_extra or strategy.measures_again):
-            raise ValueError(f"overlap=True: {strategy} wants more than norms, and measures after backward")
-        if accumulate not in (torch.float32, torch.float64):
-            raise ValueError(f"{accumulate=}: expected torch.float32 or torch.float64")
-        require_source(parameters)
-        require_group("stages", stages)
-        require_group("process_group", process_group)
-        self._strategy = strategy
-        self.on_nonfinite: OnNonfinite = require_policy(on_nonfinite)
-        self._source = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
-        self.steps = 0
-        self._deferred = apply == "deferred"
-        self._stages, self._process_group = stages, process_group
-        self._overlaps, self._accumulate = overlap, accumulate
-        self._window = Window(staged=stages is not None)
-        self._suitable: _Suitable | None = None
-        self._round: _Round | None = None
-        self._guard = StepGuard()
-        weakref.finalize(self, self._guard.remove)
-        self._usage = Usage()
-        self._said: set[str] = set()  # once each
-        self._parameters = ParameterSet(
+        self._clipping = Clipping(
+            parameters,
             strategy,
             stages=stages,
             process_group=process_group,
-            accumulate=accumulate,
+            on_nonfinite=on_nonfinite,
+            apply=apply,
             overlap=overlap,
-            options={
-                "on_nonfinite": on_nonfinite,
-                "apply": apply,
-                "overlap": overlap,
-                "accumulate": accumulate,
-                "norm_type": strategy.norm_type,
-            },
+            accumulate=accumulate,
         )
-        self._advice = Advice(whole=not strategy.per_parameter and len(strategy.groups) == 1)
-        self.thread = threading.get_ident()  # that has used it last
-        LIVING.add(self)
+        self._stepping = Stepping(self._clipping)
+        weakref.finalize(self, self._stepping.guard.remove)
+        self.steps = 0
 
     @property
     def strategy(self) -> Strategy:
         """The one that it was made with. Its state goes on from step to step."""
-        return self._strategy
+        return self._clipping.strategy
 
     @strategy.setter
     def strategy(self, strategy: Strategy) -> None:
         raise AttributeError(
-            f"a Clipper keeps the strategy that it was made with ({_told(self._strategy)}): make a new one, "
-            "distclip.Clipper(model, strategy), or make the threshold a function of the step: distclip.Warmup"
+            f"a Clipper keeps the strategy that it was made with ({saved.told(self.strategy)}): make a new "
+            "one, distclip.Clipper(model, strategy), or make the threshold a function of the step: "
+            "distclip.Warmup"
         )
+
+    @property
+    def on_nonfinite(self) -> OnNonfinite:
+        """May be set, on every rank alike."""
+        return self._clipping.on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, policy: OnNonfinite) -> None:
+        self._clipping.on_nonfinite = policy
 
     @property
     def plan(self) -> Plan:
@@ -178,14 +139,7 @@ class Clipper:
 
         Making it may communicate: every rank in scope reads this, or none.
         """
-        self._parameters.tensors_of(self._source)
-        assert self._parameters.plan is not None
-        return self._parameters.plan
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The parameters, as the plan has them."""
-        return self._parameters.tensors
+        return self._clipping.plan
 
     @torch.no_grad()
     def clip(self, *, loss: Tensor | float | None = None, param_norms: bool = False) -> ClipReport:
@@ -204,15 +158,15 @@ class Clipper:
             ValueError: the strategy judges the loss, and there is none.
             NonFiniteError: on every rank, where ``on_nonfinite="raise"`` and the norm is not finite.
         """
-        if self._deferred:
+        clipping = self._clipping
+        if clipping.deferred:
             raise ValueError(
                 'with apply="deferred" the optimizer does the clipping: call clipper.step(optimizer)'
             )
-        self.begin(param_norms=param_norms)
-        outcome = self.carry_out(None, self.on_nonfinite, loss, param_norms=param_norms)
-        self._window.close()
-        self.observe(outcome.report)
-        return outcome.report
+        clipping.begin(param_norms=param_norms)
+        report = clipping.carry_out(None, clipping.on_nonfinite, loss, param_norms=param_norms).report
+        clipping.finish(report)
+        return report
 
     @torch.no_grad()
     def step(
@@ -257,37 +211,15 @@ class Clipper:
             >>> report = clipper.step(optimizer, scaler)
             >>> optimizer.zero_grad()
         """
-        optimizers = as_optimizers(optimizer, may_be_empty=self._may_be_empty)
+        optimizers = as_optimizers(optimizer, may_be_empty=self._clipping.may_be_empty)
         require_scaler(scaler)
-        if self._continues(optimizers, scaler):
-            return self._continue(optimizers, scaler, update=update)
-        plan = self.begin(scaler, param_norms=param_norms)
-        try:
-            self._require_suitable(optimizers)
-            states = getattr(scaler, "_per_optimizer_states", None)  # a scaler that is off has none
-            if isinstance(states, AfterStep):
-                states.require_fresh(self)
-            self._say_if_taken(optimizers)
-            loss_scale = LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
-        except ValueError:
-            self._parameters.decline(param_norms, weighted=self._window.weights is not None)
-            raise
-        policy = self.on_nonfinite
-        if policy == "propagate" and loss_scale.scaler is not None:
-            policy = "skip"
-        if self._parameters.overlap is not None and scaler is not None and loss_scale.inverse is None:
-            self._parameters.overlap.forget()  # they have been unscaled
-        outcome = self.carry_out(loss_scale.inverse, policy, loss, param_norms=param_norms)
-        grad_scale = self._grad_scale(outcome) if self._deferred else None
-        self._round = _Round(outcome, grad_scale, loss_scale.scaler)
-        self._take_steps(self._round, optimizers, update=update)
-        self.steps += 1
-        self._window.close()
-        self.observe(outcome.report)
-        return outcome.report
+        report, is_new = self._stepping.step(optimizers, scaler, loss, param_norms=param_norms, update=update)
+        if is_new:
+            self.steps += 1
+            self._clipping.finish(report)
+        return report
 
-    @contextlib.contextmanager
-    def accumulate(self, steps: int, *, last: bool = False) -> Iterator[MicroBatch]:
+    def accumulate(self, steps: int, *, last: bool = False) -> AbstractContextManager[MicroBatch]:
         """Around the forward and backward pass of one micro-batch of ``steps`` that make one step.
 
         Until the last micro-batch of a window gradients are not synchronised (``no_sync`` of DDP and FSDP1,
@@ -320,268 +252,14 @@ class Clipper:
             ...         clipper.step(optimizer, scaler)
             ...         optimizer.zero_grad()
         """
-        micro = self._window.begin(as_count(steps), last, self._own_gradients)
-        before = None if "backward" in self._said else Used(self._bare())
-        try:
-            with contextlib.ExitStack() as stack:
-                if not self._window.last:
-                    stack.enter_context(self._synchronisation_of_source.off())
-                yield micro
-        except BaseException:
-            self._window.end(raised=True)
-            raise
-        self._window.end(raised=False)
-        if micro.began:
-            self._said.add("backward")
-        elif before is not None and not before.unchanged():
-            self._window.raw = True
-            self._said.add("backward")
-            warn_alike(
-                "gradients came within clipper.accumulate() and not from micro.backward(loss), so the window "
-                "is the sum of its micro-batches and not their mean, unless you divide the loss by the "
-                "number of micro-batches. Write `with clipper.accumulate(steps) as micro: "
-                "micro.backward(loss, scaler)`."
-            )
-
-    def begin(self, scaler: GradScaler | None = None, *, param_norms: bool = False) -> Plan:
-        """Before :meth:`carry_out`: that the plan describes the parameters as they are, and that their
-        gradients are synchronised. ``scaler``: whose scale they still have.
-
-        Raises:
-            ValueError, OwnershipError, SettingsError: on every rank.
-        """
-        self._window.require_complete()
-        if not torch.compiler.is_compiling():
-            self.thread = threading.get_ident()
-            if not self._usage.clips:
-                claim(self.strategy, self)
-        self._parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
-        if not torch.compiler.is_compiling():
-            scaler = scaler if scaler is not None and scaler.is_enabled() else None
-            has = "no" if scaler is None else "a"
-            self._parameters.asked = f"on_nonfinite={self.on_nonfinite!r}, {has} scaler"
-            self._parameters.loss_scale = None if scaler is None else partial(scale_on_cpu, scaler)
-        weighted = self._window.weights is not None
-        joins = self._synchronisation_of_source.joins()
-        if joins:
-            require_nobody_absent(self.strategy, talks=weighted)
-        self._parameters.make_current(self._source, param_norms=param_norms, weighted=weighted)
-        assert self._parameters.plan is not None
-        if joins:
-            require_nobody_absent(self.strategy, talks=self._parameters.plan.group_name is not None)
-        return self._parameters.plan
-
-    def carry_out(
-        self,
-        inverse_scale: Tensor | None,
-        policy: OnNonfinite,
-        loss: Tensor | float | None = None,
-        *,
-        param_norms: bool = False,
-    ) -> Outcome:
-        """What :meth:`clip` and :meth:`step` have in common, for an integration that steps by itself: after
-        :meth:`begin`, measure, decide, and change the gradients, unless that is deferred. Then
-        :meth:`observe` the report.
-
-        Args:
-            inverse_scale: [] float32, 1 / loss scale where the gradients are still to be multiplied by it.
-        """
-        parameters = self._parameters
-        plan = parameters.plan
-        measurement = parameters.measurement
-        assert plan is not None
-        assert measurement is not None
-        try:
-            given = as_loss(loss)
-            if self.strategy.uses_loss:
-                given = local_loss(given, optional=plan.scope.stages is not None)
-            factor = self._factor(inverse_scale, plan.device)
-            weight = self._window.weight_on(plan.device)
-        except (TypeError, ValueError):
-            parameters.decline(param_norms, weighted=self._window.weights is not None)
-            raise
-        if not torch.compiler.is_compiling():
-            self._note_use(plan)
-        if weight is not None and not measurement.carries:
-            factor = _over_mean(measurement.everywhere(weight), plan, factor)
-        gradients, norms, by_parameter = parameters.measure(
-            parameters.tensors, param_norms, factor, given, weight
-        )
-        if weight is not None and measurement.carries:
-            factor = _over_mean(weight, plan, factor)
-        if factor is not None:
-            norms = norms.times(factor)
-            by_parameter = by_parameter.times(factor) if by_parameter is not None else None
-        if self.strategy.measures_again:
-            assert gradients is not None  # not with overlap
-            norms = replace(norms, clamped=partial(measurement.clamped, gradients, factor))
-        try:
-            outcome = resolve(self.strategy.decide(norms), norms, policy, factor)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, parameters.tensors))}") from None
-        if by_parameter is not None:
-            report = replace(
-                outcome.report, _parameter_norms=by_parameter.reported_slots, _parameter_names=plan.names
-            )
-            outcome = replace(outcome, report=report)
-        if not self._deferred:
-            self._change(outcome, gradients)
-        return outcome
-
-    def _change(self, outcome: Outcome, gradients: Gradients | None) -> None:
-        measurement = self._parameters.measurement
-        assert measurement is not None
-        if gradients is None:
-            if not changes(outcome):
-                return
-            gradients = measurement.collect(self._parameters.tensors)
-        if self._parameters.overlap is not None:
-            self._parameters.overlap.forget()  # kernels of distclip's own change no version
-        change(outcome, gradients, measurement.slots)
-
-    def decline(self) -> None:
-        """After :meth:`begin`, in place of what measures: where that cannot be on this rank, which raises."""
-        self._parameters.decline()
-
-    def observe(self, report: ClipReport) -> None:
-        """Take note of a step for the advice that is given once per run."""
-        if not torch.compiler.is_compiling():
-            self._advice.observe(report)
-
-    def measure(self, gradients: Gradients) -> Norms:
-        """The norms of gradients that have been collected for this clipper, as its strategy gets them."""
-        measurement = self._parameters.measurement
-        assert measurement is not None  # made with the plan, which the caller has asked for
-        return measurement.norms(self._parameters.tensors, gradients)[0]
-
-    def _factor(self, inverse_scale: Tensor | None, device: torch.device) -> Tensor | None:
-        """What the gradients have yet to be multiplied by: 1 / loss scale, and what an incomplete window
-        lacks."""
-        missing = self._window.missing
-        if inverse_scale is None:
-            return None if missing == 1 else torch.full((), missing, dtype=torch.float32, device=device)
-        return inverse_scale.to(device) * missing
-
-    def _require_suitable(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Checked when optimizers, or what their groups hold, or the clipper's own parameters are new."""
-        if self._suitable is not None and self._suitable.still(optimizers, self.tensors):
-            return
-        require_covered(optimizers, self.tensors)
-        if self._deferred:
-            require_fused(optimizers)
-        self._suitable = _Suitable(optimizers, self.tensors)
-
-    def _note_use(self, plan: Plan) -> None:
-        """What is looked at in the first clip."""
-        if self._usage.clips:
-            self._usage.clips += 1
-            return
-        count_use(self._usage, self.tensors[0] if self.tensors else None)
-        if not plan.every:
-            self._advice.no_parameters()
-        whole = plan.group_name is None and bool(plan.positions)
-        if whole and all(self.tensors[i].grad is None for i in plan.positions):
-            self._advice.no_gradients()
-
-    @property
-    def _may_be_empty(self) -> bool:
-        """Whether this rank may hold nothing at all, and still takes part."""
-        return self._stages is not None or self._process_group is not None
-
-    def _bare(self) -> list[Tensor]:
-        """The parameters, also before there is a plan."""
-        return self.tensors if self._parameters.plan is not None else bare_tensors(self._source)
-
-    def _continues(self, optimizers: list[torch.optim.Optimizer], scaler: GradScaler | None) -> bool:
-        """Whether these are the other optimizers of a step whose gradients have all been clipped already.
-
-        Raises:
-            ValueError: they are, with another scaler.
-        """
-        latest = self._round
-        if latest is None or not optimizers or not latest.lacks(optimizers):
-            return False
-        if latest.scaler is not (scaler if scaler is not None and scaler.is_enabled() else None):
-            raise ValueError(
-                "the gradients of this optimizer were unscaled and clipped with those of the one before, "
-                "which was stepped with another scaler: call clipper.step([first, second], scaler)"
-            )
-        return True
-
-    def _continue(
-        self, optimizers: list[torch.optim.Optimizer], scaler: GradScaler | None, *, update: bool
-    ) -> ClipReport:
-        latest = self._round
-        assert latest is not None
-        self._require_suitable(optimizers)
-        self._take_steps(latest, optimizers, update=update)
-        return latest.outcome.report
-
-    def _take_steps(self, round_: _Round, optimizers: list[torch.optim.Optimizer], *, update: bool) -> None:
-        report = round_.outcome.report
-        for each in optimizers:
-            with self._guard.stepping(each):
-                take_step(
-                    each, report.skipped, may_skip=round_.outcome.may_skip, grad_scale=round_.grad_scale
-                )
-        scaler = round_.scaler
-        if scaler is not None and not round_.is_updated:
-            LossScale(scaler, optimizers, None).finish(report.nonfinite, update=update)
-        for each in optimizers:
-            self._guard.taken(each, list(parameters_of(each)))
-        if scaler is not None and update and not scaler._per_optimizer_states:
-            others = [(c, Used(c._bare())) for c in living_here() if c is not self]
-            states: Any = scaler._per_optimizer_states
-            scaler._per_optimizer_states = AfterStep(states.default_factory, self._guard, optimizers, others)
-        round_.add(optimizers, self._suitable.rest if self._suitable else [])
-
-    def _say_if_taken(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        if "twice" in self._said or not optimizers:
-            return
-        if all(map(self._guard.has_taken, optimizers)):
-            what = "clipper.step() was called twice with the same gradients"
-            remedy = "Call it once after each backward pass"
-        elif any(map(self._guard.has_stepped, optimizers)):
-            what = "optimizer.step() was called before clipper.step(optimizer), with the same gradients"
-            remedy = "Delete the line optimizer.step(): clipper.step(optimizer) takes its place"
-        else:
-            return
-        self._said.add("twice")
-        if is_main_rank():
-            logger.warning(
-                "%s, so that the step is taken twice. %s. (A CUDA graph that replays backward leaves no "
-                "trace: there this is nothing to worry about.)", what, remedy,
-            )  # fmt: skip
-
-    def leave(self, successor: Clipper) -> None:
-        """In place of :meth:`begin`: that other clipper goes on from here, if it does on every rank.
-
-        Raises:
-            OwnershipError: on every rank: some go on with this one.
-        """
-        self._parameters.leave(successor._parameters)
-
-    def follow(self, parameters: Parameters, modules: Sequence[nn.Module]) -> None:
-        """Clip these from now on, with the strategy's state going on by name. ``modules``: the DDP and FSDP
-        modules that synchronise the gradients, where the parameters do not bring them."""
-        self._source = parameters
-        self._parameters.watch(modules)
-
-    def _own_gradients(self) -> list[Tensor]:
-        return self._synchronisation_of_source.own_gradients(self._bare())
-
-    @property
-    def _synchronisation_of_source(self) -> Synchronisation:
-        """Of backward passes that may come before the first clip."""
-        return self._parameters.synchronisation_of(self._source)
+        return self._clipping.micro_batch(steps, last)
 
     def describe(self) -> Description:
         """A table of the parameters of this rank: where each lies, and how it is counted; ``print`` it.
 
         Every rank in scope calls this, or none.
         """
-        plan = self.plan
-        return describe(plan, self.tensors)
+        return describe(self.plan, self._clipping.tensors)
 
     @torch.no_grad()
     def verify(self) -> float:
@@ -597,9 +275,9 @@ class Clipper:
             OwnershipError: on every rank: names each parameter that is counted more or less than once, and
                 the axis along which it is.
         """
-        plan = self.plan
-        collect(plan, self.tensors)  # sums what is partial
-        return verify_counting(plan, self.tensors)
+        plan, tensors = self.plan, self._clipping.tensors
+        collect(plan, tensors)  # sums what is partial
+        return verify_counting(plan, tensors)
 
     def find_nonfinite(self) -> dict[str, tuple[int, ...]]:
         """Which gradients are not finite now, and where: the ranks that hold NaN or infinite elements, by
@@ -619,63 +297,13 @@ class Clipper:
             ...     print(clipper.find_nonfinite())
             {'layers.3.weight': (2,)}
         """
-        return nonfinite_ranks(self.plan, self.tensors)
-
-    def __repr__(self) -> str:
-        options = [f"{name}={value!r}" for name, value in self._options().items()]
-        count = (
-            f", {len(self.tensors)} parameters" if self._parameters.plan is not None else ", not planned yet"
-        )
-        return f"Clipper({', '.join([_told(self.strategy), *options])}{count}, {self.steps} steps)"
-
-    def _grad_scale(self, outcome: Outcome) -> Tensor:
-        """What a fused optimizer is to divide the gradients by: loss scale / coefficient, [] float32.
-
-        Where float32 does not hold that, the gradients are multiplied here, which costs a pass.
-        """
-        if (
-            outcome.coefficient is None
-            or outcome.coefficient.dim()
-            or outcome.bound is not None
-            or outcome.zero is not None
-        ):
-            raise ValueError(
-                'apply="deferred" needs a strategy with one coefficient for all gradients (GlobalNorm, '
-                'Percentile, ZClip, SkipSpikes) and a policy other than on_nonfinite="zero"'
-            )
-        coefficient = outcome.coefficient if outcome.factor is None else outcome.coefficient * outcome.factor
-        plan, measurement = self._parameters.plan, self._parameters.measurement
-        assert plan is not None
-        assert measurement is not None
-        least = look_at_one(coefficient)
-        if (0 < least < _TINIEST) if least is not None else plan.wide:
-            self._change(outcome, measurement.collect(self._parameters.tensors))
-            return torch.ones_like(coefficient, dtype=torch.float32)
-        divisor = reciprocal(coefficient)
-        return torch.where(coefficient == 0, divisor, divisor.clamp(max=LARGEST))
-
-    def _options(self) -> dict[str, Any]:
-        """Those that are not as by default."""
-        options = {
-            "on_nonfinite": (self.on_nonfinite, "skip"),
-            "apply": ("deferred" if self._deferred else "inplace", "inplace"),
-            "overlap": (self._overlaps, False),
-            "accumulate": (self._accumulate, torch.float32),
-            "stages": (self._stages, None),
-            "process_group": (self._process_group, None),
-        }
-        return {name: value for name, (value, default) in options.items() if value is not default}
+        return nonfinite_ranks(self.plan, self._clipping.tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to continue the same sequence: the strategy's state, its name and settings,
         the number of steps, and where the window of micro-batches stands. The same on every rank, small,
         and independent of the number of ranks."""
-        return {
-            "saved_by": {"strategy": _names(self.strategy), "settings": _told(self.strategy)},
-            "strategy": self.strategy.state_dict(),
-            "micro_batches": self._window.position,
-            "steps": self.steps,
-        }
+        return saved.state_of(self._clipping, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on any number of ranks. Settings are not loaded: those that this
@@ -686,133 +314,16 @@ class Clipper:
             ValueError: it is not of a Clipper, or of another strategy, or of one that keeps something else;
                 nothing is loaded then.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state is a {type(state).__name__}: expected what clipper.state_dict() returned")
-        own = _told(self.strategy)
-        if not isinstance(state.get("strategy"), Mapping):
-            keys = ", ".join(map(repr, list(state)[:4])) or "nothing"
-            raise ValueError(
-                f"state holds {keys} and no 'strategy': expected what clipper.state_dict() returned. (Is it "
-                "that of the model or the optimizer, or empty?)"
-            )
-        try:
-            position, steps = int(state.get("micro_batches", 0)), int(state.get("steps", 0))
-            saved = dict(state.get("saved_by", {}))  # not by 0.1.0
-            was = saved["settings"] if saved else "another strategy, or with other settings"
-            names = saved.get("strategy")
-            if position < 0 or steps < 0:
-                raise ValueError(f"{steps=}, micro_batches={position}")
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"state is not what clipper.state_dict() returned, or has been changed since ({error})"
-            ) from error
-        if saved and names != _names(self.strategy):
-            raise ValueError(
-                f"the state was saved by {was}, this is {own}: make the Clipper with the strategy that it "
-                "was saved with, or begin without this state"
-            )
-        before = copy.deepcopy(self.strategy.state_dict())
-        try:
-            self.strategy.load_state_dict(state["strategy"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            with contextlib.suppress(RuntimeError):
-                self.strategy.load_state_dict(before)
-            raise ValueError(
-                f"the state does not fit: it was saved by {was}, this is {own}. Make the strategy with the "
-                f"settings that it was saved with, or begin without this state. ({_first_line_of(error)})"
-            ) from error
-        self._parameters.agree_on_state()
-        self._window.close()
-        self._window.position, self.steps = position, steps
+        self.steps = saved.load(self._clipping, state)
+
+    def __repr__(self) -> str:
+        clipping = self._clipping
+        told = [saved.told(self.strategy), *(f"{k}={v!r}" for k, v in clipping.options.items())]
+        planned = clipping.parameters.plan is not None
+        count = f"{len(clipping.tensors)} parameters" if planned else "not planned yet"
+        return f"Clipper({', '.join(told)}, {count}, {self.steps} steps)"
 
 
-# Below it a coefficient is no normal float32, and what divides by it is infinite.
-_TINIEST = torch.finfo(torch.float32).tiny
-
-
-@dataclass(eq=False)
-class _Round:
-    """One decision on all gradients of a clipper, whose optimizers may be stepped in several calls.
-
-    Attributes:
-        scaler: that scaled the loss, None without or where it is off.
-        rest: the gradients whose optimizers have not been stepped yet, None where there are none.
-    """
-
-    outcome: Outcome
-    grad_scale: Tensor | None
-    scaler: GradScaler | None
-    rest: Used | None = None
-    _stepped: frozenset[int] = frozenset()
-    _held: frozenset[int] = frozenset()
-
-    def add(self, optimizers: Sequence[torch.optim.Optimizer], rest: Sequence[Tensor]) -> None:
-        """They have been stepped. ``rest``: parameters that train, and that they do not hold."""
-        if not rest:
-            self.rest = None
-            return
-        self._stepped |= set(map(id, optimizers))
-        self._held |= {id(p) for o in optimizers for p in parameters_of(o)}
-        waiting = [t for t in rest if id(t) not in self._held]
-        self.rest = Used(waiting) if waiting else None
-
-    def lacks(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-        """Whether they were not stepped yet, and their gradients are as the decision left them."""
-        if self.rest is None or not self._stepped.isdisjoint(map(id, optimizers)):
-            return False
-        return self.rest.unchanged()
-
-    @property
-    def is_updated(self) -> bool:
-        """Whether the scale has been updated since the optimizers were stepped."""
-        assert self.scaler is not None
-        return bool(self._stepped) and self._stepped.isdisjoint(self.scaler._per_optimizer_states)
-
-
-class _Suitable:
-    """Optimizers that were found in order, and what their groups held."""
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> None:
-        self._optimizers, self._tensors = list(map(id, optimizers)), tensors
-        self._witnesses = list(map(witness_of, optimizers))
-        held = {id(p) for o in optimizers for p in parameters_of(o)}
-        # What trains and is in none of them.
-        self.rest = [t for t in tensors if t.requires_grad and id(t) not in held]
-
-    def still(self, optimizers: Sequence[torch.optim.Optimizer], tensors: list[Tensor]) -> bool:
-        return (
-            self._tensors is tensors
-            and list(map(id, optimizers)) == self._optimizers
-            and all(w.tensors(o) is not None for w, o in zip(self._witnesses, optimizers, strict=True))
-        )
-
-
-def _over_mean(weight: Tensor, plan: Plan, factor: Tensor | None) -> Tensor:
-    """``factor`` / the mean over the ranks of their weights, of which ``weight`` is the sum, [1] float64. No
-    change where all weights are 0, and so all gradients; NaN, which no step is taken with, where the sum is
-    negative."""
-    total = weight.reshape(())
-    share = torch.where(total > 0, plan.scope.size / total, torch.where(total == 0, 1.0, torch.nan)).float()
-    return share if factor is None else share * factor
-
-
-def _told(strategy: Strategy) -> str:
-    """On one line: ``Chain(SkipSpikes(sigma=6.0, ...), GlobalNorm(max_norm=1.0, norm_type=2.0))``."""
-    inner = [_told(s) for child in strategy.children() for s in _outermost(child)]
-    return f"{type(strategy).__name__}({', '.join(filter(None, [strategy.extra_repr(), *inner]))})"
-
-
-def _outermost(module: nn.Module) -> list[Strategy]:
-    if isinstance(module, Strategy):
-        return [module]
-    return [s for child in module.children() for s in _outermost(child)]
-
-
-def _names(strategy: Strategy) -> list[str]:
-    """The classes of a strategy and of those inside it."""
-    return [type(m).__name__ for m in strategy.modules() if isinstance(m, Strategy)]
-
-
-def _first_line_of(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+def clipping_of(clipper: Clipper) -> Clipping:
+    """The parts of its step, for what steps in another way."""
+    return clipper._clipping

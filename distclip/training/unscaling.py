@@ -8,7 +8,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from distclip import kernels
 from distclip.apply.loss_scale import LossScale, record
 from distclip.apply.optimizer_step import require_covered
-from distclip.clipper import Clipper
+from distclip.clipper import Clipper, clipping_of
 from distclip.measure.gradients import collect
 
 
@@ -32,8 +32,9 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """
-    plan = clipper.begin(scaler)
-    require_covered([optimizer], clipper.tensors)
+    clipping = clipping_of(clipper)
+    plan = clipping.begin(scaler)
+    require_covered([optimizer], clipping.tensors)
     _ = scaler._per_optimizer_states[id(optimizer)]  # where clipper.step() has just used them, this says so
     loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
     if loss_scale.scaler is None:
@@ -41,17 +42,17 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
     if loss_scale.inverse is None:
         raise ValueError("the gradients of this optimizer have been unscaled already since scaler.update()")
     try:
-        gradients = collect(plan, clipper.tensors)
+        gradients = collect(plan, clipping.tensors)
     except ValueError:
-        clipper.decline()
+        clipping.decline()
         raise
-    total = clipper.measure(gradients).total
+    total = clipping.measure(gradients).total
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for bucket in gradients.buckets:
         mine = [
             tensor
             for tensor, i in zip(bucket.tensors, bucket.parameters, strict=True)
-            if id(clipper.tensors[plan.positions[i]]) in own
+            if id(clipping.tensors[plan.positions[i]]) in own
         ]
         if mine:
             kernels.scale_(mine, loss_scale.inverse.to(mine[0].device))

@@ -247,7 +247,7 @@ def advised() -> Step:
         backward(net)
         with mock.patch.object(advice, "FIRST_LOOK", 3), mock.patch.object(Transfer, "arrived", False):
             clipper.clip()
-        assert (clipper._advice._coming is not None) == (i >= 2)
+        assert (clipper._clipping._advice._coming is not None) == (i >= 2)
 
     return step
 

@@ -286,7 +286,7 @@ def half_and_a_whole(run: Run, step: int) -> None:
 def hook_before(run: Run, step: int) -> None:
     if not run.kept:
         run.kept = [p.register_post_accumulate_grad_hook(_quarter) for p in run.parameters[:3]]
-        run.clipper = distclip.Clipper(run.model, distclip.GlobalNorm(BOUND), overlap=run.clipper._overlaps)
+        run.clipper = distclip.Clipper(run.model, distclip.GlobalNorm(BOUND), overlap=run.clipper._clipping.parameters._overlaps)
     plain(run, step)
 
 
@@ -430,7 +430,7 @@ def compare(name: str, make: Callable[[bool], Run], *, listens: bool = True) -> 
                 torch.testing.assert_close(oracle.dense(a.grad), oracle.dense(b.grad), rtol=2e-6, atol=0)
         norms.append(got)
     assert any(norms)
-    assert (early.clipper._parameters.overlap is not None) == listens
+    assert (early.clipper._clipping.parameters.overlap is not None) == listens
     return norms
 
 

@@ -226,5 +226,5 @@ def test_53_a_stage_that_loses_its_first(rank: int) -> None:
 
 def _again(clipper: distclip.Clipper) -> distclip.Clipper:
     """Planned anew on both ranks, as where both have changed."""
-    clipper._parameters._read = None
+    clipper._clipping.parameters._read = None
     return clipper

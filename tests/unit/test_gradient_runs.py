@@ -28,9 +28,9 @@ def _adjacent(parameters: list[nn.Parameter], gap: int = 0) -> None:
 
 def collected(clipper: distclip.Clipper) -> Gradients:
     _ = clipper.plan
-    measurement = clipper._parameters.measurement
+    measurement = clipper._clipping.parameters.measurement
     assert measurement is not None
-    return measurement.collect(clipper.tensors)
+    return measurement.collect(clipper._clipping.tensors)
 
 
 def _tensors(clipper: distclip.Clipper) -> list[list[int]]:
