@@ -155,17 +155,17 @@ class Clipping:
         Raises:
             ValueError, OwnershipError, SettingsError: on every rank.
         """
-        parameters, strategy = self.parameters, self.strategy
+        parameters, asked, strategy = self.parameters, self.parameters.asked, self.strategy
         self.window.require_complete()
-        parameters.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
+        asked.options["on_nonfinite"] = self.on_nonfinite  # it may have been set since
         if not torch.compiler.is_compiling():
             self.thread = threading.get_ident()
             if not self._usage.clips:
                 claim(strategy, self)
             scaler = scaler if scaler is not None and scaler.is_enabled() else None
             has = "no" if scaler is None else "a"
-            parameters.asked = f"on_nonfinite={self.on_nonfinite!r}, {has} scaler"
-            parameters.loss_scale = None if scaler is None else partial(scale_on_cpu, scaler)
+            asked.of_step = f"on_nonfinite={self.on_nonfinite!r}, {has} scaler"
+            asked.loss_scale = None if scaler is None else partial(scale_on_cpu, scaler)
         joins = self.synchronisation.joins()
         if joins:
             require_nobody_absent(strategy, talks=self.is_weighted)

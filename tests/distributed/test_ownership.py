@@ -21,7 +21,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from distclip import functional, kernels
+from distclip import kernels
+from distclip.current import known
 from distclip.layout import scope
 from tests import oracle
 from tests.harness import let_go, on_ranks
@@ -390,7 +391,7 @@ def test_a_dead_model_is_forgotten(rank: int) -> None:
     gc.collect()
 
     def remembered() -> int:
-        return sum(entry.parameters is not None for entry in functional._order.values())
+        return sum(entry.parameters is not None for entry in known._order.values())
 
     before = remembered()
     model = nn.Linear(4, 3)

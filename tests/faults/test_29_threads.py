@@ -155,18 +155,18 @@ def test_29_one_model_for_all() -> None:
 
 def test_29_gradients_of_one_shape() -> None:
     """What is known of them by their shape alone, each thread has for itself."""
-    from distclip import functional
+    from distclip.current import known
 
     found = []
-    together(lambda k: found.append(functional._set_like(list(parameters(k)), 2.0, None)), 3)
+    together(lambda k: found.append(known.set_like(list(parameters(k)), 2.0, None)), 3)
     assert len(set(map(id, found))) == 3
 
 
 def test_29_what_threads_leave_behind() -> None:
     """Nothing that is kept grows with the number of threads that there have been."""
-    from distclip import functional
+    from distclip.current import known
 
-    before = len(functional._known)
+    before = len(known._known)
     for _ in range(4):
         together(given_norms, 2)
     import gc
@@ -174,20 +174,20 @@ def test_29_what_threads_leave_behind() -> None:
     gc.collect()
     ps = parameters(0)
     distclip.clip_grad_norm_(ps, 1.0)
-    assert len(functional._known) <= before + 4 * 2 * ROUNDS * 2 + 1
+    assert len(known._known) <= before + 4 * 2 * ROUNDS * 2 + 1
 
 
 FORKS = """
 import os, sys
 import torch
 import distclip
-from distclip import functional
+from distclip.current import known
 from tests.faults.test_29_threads import parameters, want
 
 ps = parameters(0)
 clipper = distclip.Clipper(parameters(1), distclip.GlobalNorm(1.0))
 distclip.clip_grad_norm_(ps, 1e9)
-with functional._lock:
+with known._lock:
     child = os.fork()
     if not child:
         code = 1

@@ -286,7 +286,8 @@ def half_and_a_whole(run: Run, step: int) -> None:
 def hook_before(run: Run, step: int) -> None:
     if not run.kept:
         run.kept = [p.register_post_accumulate_grad_hook(_quarter) for p in run.parameters[:3]]
-        run.clipper = distclip.Clipper(run.model, distclip.GlobalNorm(BOUND), overlap=run.clipper._clipping.parameters._overlaps)
+        overlap = run.clipper._clipping.parameters._overlaps
+        run.clipper = distclip.Clipper(run.model, distclip.GlobalNorm(BOUND), overlap=overlap)
     plain(run, step)
 
 
