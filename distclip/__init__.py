@@ -4,7 +4,9 @@ The norm of the whole gradient for any mixture of data, sharded, tensor, pipelin
 parallelism, the same number on every rank, in one small collective.
 """
 
-from distclip import hooks
+import sys
+
+from distclip import decide, hooks
 from distclip._version import __version__ as __version__
 from distclip.clipper import Clipper
 from distclip.decide.decision import Clamp, Decision, Scale, Then
@@ -38,6 +40,9 @@ from distclip.strategies import (
 )
 from distclip.training.in_backward import InBackward
 from distclip.training.unscaling import unscale_
+
+# Pickles of 0.1.0 look for these modules under their old names.
+sys.modules |= {f"distclip._{name}": sys.modules[f"{decide.__name__}.{name}"] for name in ("norms", "report")}
 
 __all__ = [
     "AGC",

@@ -121,6 +121,13 @@ class Strategy(nn.Module):
                 buffer.copy_(torch.where(finite if name in kept else taken, buffer, before[name]))
         return decision
 
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        """Of an earlier release, perhaps."""
+        super().__setstate__(pickled)  # type: ignore[no-untyped-call]
+        for name in self.since:
+            if name not in self._buffers:
+                self.register_buffer(name, state((), 0, torch.int64))
+
     def kept_through_skips(self) -> frozenset[str]:
         """The ``through_skips`` of it and of the strategies inside it, as :meth:`named_buffers` has them."""
         return self._named("through_skips")

@@ -69,9 +69,9 @@ def require_fit(strategy: nn.Module, parameters: Sequence[ParameterInfo]) -> Non
         ValueError: as :meth:`Patterns.require_fit`.
     """
     for module in strategy.modules():
-        for value in vars(module).values():
-            if isinstance(value, Patterns):
-                value.require_fit(parameters)
+        patterns = getattr(module, "_patterns", None)
+        if isinstance(patterns, Patterns):
+            patterns.require_fit(parameters)
 
 
 def _fits(key: str | int, parameter: ParameterInfo) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,8 +59,11 @@ class AGC(Strategy):
         self.clipping = require_bound("clipping", clipping)
         self.eps = require_bound("eps", eps)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self._patterns = Patterns("AGC(exclude=...)", self.exclude)
         self.register_buffer("excluded", state((0,), 0, torch.bool), persistent=False)
+
+    @cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns("AGC(exclude=...)", self.exclude)
 
     def prepare(self, parameters: Sequence[ParameterInfo]) -> None:
         self._patterns.require_fit(parameters)

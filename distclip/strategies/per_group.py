@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,13 +52,16 @@ class PerGroup(Strategy):
             if not isinstance(key, str | int):
                 raise TypeError(f"key {key!r} of max_norms: expected a name pattern or a group index")
         self.keys = tuple(max_norms)
-        self._patterns = Patterns("PerGroup", self.keys)
         self.groups = (*map(str, self.keys), "(no group)")
         self.norm_type = require_norm_type(norm_type)
         self.eps = require_bound("eps", eps)
         thresholds = [require_bound(f"max_norms[{key!r}]", value) for key, value in max_norms.items()]
         # Not persistent: a setting, not state.
         self.register_buffer("_thresholds", listed([*thresholds, math.inf], torch.float32), persistent=False)
+
+    @cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns("PerGroup", self.keys)
 
     def group_of(self, parameter: ParameterInfo) -> int:
         first = self._patterns.first(parameter)

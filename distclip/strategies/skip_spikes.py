@@ -66,6 +66,8 @@ class SkipSpikes(Strategy):
     skips: Tensor  # [] int64, spikes so far
     skips_before: Tensor  # [] int64, those before the latest step that was taken
 
+    patience: int = 10  # of those that 0.1.0 has pickled
+
     never_scales = True
     # ``skips_before`` is not: where another link of a chain skips what this one takes, the run goes on.
     through_skips = ("skips",)

@@ -60,6 +60,8 @@ class ZClip(Strategy):
     seen: Tensor  # [] int64, norms since it began
     outliers: Tensor  # [] int64, the latest norms in a row that were
 
+    patience: int = 100  # of those that 0.1.0 has pickled
+
     sizes = {"first": "warmup"}  # noqa: RUF012  # never changed
     since = ("outliers",)
 
