@@ -1,5 +1,8 @@
 """Arithmetic on this rank's own tensors. Nothing here knows of other ranks.
 
+In come lists of tensors and numbers on their device; out go sums, or the same tensors, changed. Imports
+nothing of ``torch.distributed``, and no other room.
+
 For CUDA and ROCm tensors the sums and the scaling are Triton's (``triton.py``) where Triton is installed
 and its kernels run, which is tried once for each device; for all others, and in what ``torch.compile``
 traces, they are torch's foreach operators (``foreach.py``). With ``DISTCLIP_TRITON=0`` in the environment

@@ -1,5 +1,8 @@
 """Watch a run and choose its threshold: record norms, replay strategies on them, recommend, report.
 
+In come reports, step by step, or the file of a run; out go a file, tables, pages and advice. Takes no part
+in a step, and imports neither ``step`` nor the integrations.
+
 :class:`History` records, with torch alone. All else reads what it wrote, and needs the libraries of the
 extra ``cli`` (``pip install 'distclip[cli]'``); it is imported when it is first used.
 """

@@ -1,4 +1,8 @@
-"""Clipping algorithms: norms in, decision out; no ranks, no parameters."""
+"""Clipping algorithms: norms in, decision out; no ranks, no parameters.
+
+In come ``Norms``, out goes a ``Decision``; what is learned lies in buffers. Pure: imports ``decide`` alone,
+nothing of ``torch.distributed``, and never waits for the device.
+"""
 
 from distclip.strategies._base import Strategy
 from distclip.strategies.adagc import AdaGC

@@ -1,4 +1,4 @@
-"""Imports point one way, and collectives stay where they belong (DESIGN.md, section 2)."""
+"""The house: rooms on floors, imports that point down, collectives where they belong (DESIGN.md, section 2)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import distclip
 
 ROOT = Path(distclip.__file__).parent
-OUTER = ("training", "integrations", "monitor", "cli", "bench")
+
+# From the ground up. A room may import what lies on floors below its own, and nothing else of distclip.
+FLOORS = (
+    {"errors", "launching", "torch_private", "kernels", "_terminal", "_version"},
+    {"decide"},
+    {"layout", "strategies"},
+    {"planning", "ownership", "testing"},
+    {"measure"},
+    {"current", "apply"},
+    {"inspection", "hooks", "functional"},
+    {"step"},
+    {"clipper"},
+    {"training", "bench"},
+    {"integrations", "monitor"},
+    {"cli", "distclip"},
+)
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+CORE = {
+    "torch_private", "kernels", "decide", "layout", "planning", "measure", "current", "apply", "inspection", "step",
+}  # fmt: skip
+MOST_LINES, MOST_FILES = 400, 10
 
 # What talks to other ranks (`new_group` too: it waits for them). Words that tensors have as methods as
 # well count only on the module itself.
@@ -35,7 +57,7 @@ def trees() -> dict[str, ast.Module]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """The modules that a module imports, those of distclip in full (``from distclip import _kernels``)."""
+    """The modules that a module imports, those of distclip in full (``from distclip import kernels``)."""
     found = set()
     for node in ast.walk(trees()[module]):
         if isinstance(node, ast.Import):
@@ -51,13 +73,13 @@ def own_imports(module: str) -> set[str]:
     return {m for m in imports(module) if m.split(".")[0] == "distclip"}
 
 
-def part(module: str) -> str:
+def room(module: str) -> str:
     """The first name below distclip: ``strategies`` for distclip.strategies.value."""
-    return [*module.split("."), ""][1]
+    return [*module.split("."), ""][1] or "distclip"
 
 
-def core() -> list[str]:
-    return [m for m in trees() if m != "distclip" and part(m) not in OUTER]
+def in_room(name: str) -> list[str]:
+    return [m for m in trees() if room(m) == name]
 
 
 def mentions_collectives(module: str) -> set[str]:
@@ -72,51 +94,70 @@ def mentions_collectives(module: str) -> set[str]:
     return found
 
 
+def test_every_room_is_on_a_floor() -> None:
+    assert set(map(room, trees())) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_point_down(name: str) -> None:
+    upward = {
+        (m, i)
+        for m in in_room(name)
+        for i in own_imports(m)
+        if room(i) != name and FLOOR[room(i)] >= FLOOR[name]
+    }
+    assert not upward
+
+
 def test_no_cycles() -> None:
     graph = {m: own_imports(m) - {m} for m in trees() if m != "distclip"}
-    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
-    rank = {m: i for i, m in enumerate(order)}
-    flow = ("_placement", "_plan", "_reduction", "clipper")
-    assert [f"distclip.{m}" for m in flow] == sorted((f"distclip.{m}" for m in flow), key=rank.__getitem__)
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_nothing_imports_the_package_itself() -> None:
-    assert not [m for m in core() if "distclip" in imports(m)]
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=module_name)
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= MOST_LINES
+
+
+def test_few_doors() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= MOST_FILES
+
+
+@pytest.mark.parametrize("name", sorted(r for r in FLOOR if (ROOT / r).is_dir()))
+def test_a_room_says_what_it_is(name: str) -> None:
+    """What comes in, what goes out, and what it never imports."""
+    said = ast.get_docstring(trees()[f"distclip.{name}"]) or ""
+    assert "import" in said, name
+    assert len(said.split()) >= 25, name
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_within_a_room_of_the_core_nothing_is_hidden(name: str) -> None:
+    """The rooms are private as they are: no second underscore."""
+    assert not [m for m in in_room(name) if m.rpartition(".")[2].startswith("_")]
 
 
 def test_strategies_see_norms_and_decisions_only() -> None:
-    allowed = {"_norms", "_decision", "_parameters", "strategies"}
-    strategies = [m for m in trees() if part(m) == "strategies"]
-    assert len(strategies) > 3
-    for m in strategies:
-        assert {part(i) for i in own_imports(m)} <= allowed, m
+    for m in in_room("strategies"):
+        assert {room(i) for i in own_imports(m)} <= {"decide", "strategies"}, m
         assert not [i for i in imports(m) if i.startswith("torch.distributed")], m
 
 
 def test_strategies_never_wait_for_the_device() -> None:
-    for m, tree in trees().items():
-        if part(m) == "strategies":
-            attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-            assert not attributes & {"item", "tolist", "cpu", "numpy"}, m
+    for m in in_room("strategies"):
+        attributes = {node.attr for node in ast.walk(trees()[m]) if isinstance(node, ast.Attribute)}
+        assert not attributes & {"item", "tolist", "cpu", "numpy"}, m
 
 
 def test_kernels_know_no_other_ranks() -> None:
-    for m in trees():
-        if part(m) == "_kernels":
-            assert {part(i) for i in own_imports(m)} <= {"_kernels"}, m
-            assert not [i for i in imports(m) if "distributed" in i], m
-
-
-def test_core_does_not_know_what_is_built_on_it() -> None:
-    for m in core():
-        assert not [i for i in own_imports(m) if part(i) in OUTER], m
+    for m in in_room("kernels"):
+        assert not [i for i in imports(m) if "distributed" in i], m
 
 
 def test_who_talks_to_other_ranks() -> None:
-    talking = {part(m) for m in core() if mentions_collectives(m)}
-    every_step, planning, on_request = (
-        {"_reduction"},
-        {"_agreement", "_ownership", "_scope"},
-        {"_description", "_diagnosis", "_verification"},
-    )
+    core = [m for m in trees() if room(m) in CORE | {"functional", "clipper", "hooks", "ownership"}]
+    talking = {m.removeprefix("distclip.") for m in core if mentions_collectives(m)}
+    every_step = {"measure.reduction"}
+    planning = {"planning.agreement", "planning.ownership", "layout.scope"}
+    on_request = {"inspection.description", "inspection.diagnosis", "inspection.verification"}
     assert talking - on_request == every_step | planning
