@@ -1,7 +1,7 @@
 """Arithmetic on this rank's own tensors. Nothing here knows of other ranks.
 
 In come lists of tensors and numbers on their device; out go sums, or the same tensors, changed. Imports
-nothing of ``torch.distributed``, and no other room.
+nothing of ``torch.distributed``, and no room but ``torch_private``.
 
 For CUDA and ROCm tensors the sums and the scaling are Triton's (``triton.py``) where Triton is installed
 and its kernels run, which is tried once for each device; for all others, and in what ``torch.compile``

@@ -1,4 +1,4 @@
-"""The house: rooms on floors, imports that point down, collectives where they belong (DESIGN.md, section 2)."""
+"""The house: rooms on floors, imports that point down, collectives where they belong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(distclip.__file__).parent
 
 # From the ground up. A room may import what lies on floors below its own, and nothing else of distclip.
 FLOORS = (
-    {"errors", "launching", "torch_private", "kernels", "_terminal", "_version"},
+    {"errors", "launching", "torch_private", "_terminal", "_version"},
+    {"kernels"},
     {"decide"},
     {"layout", "strategies"},
     {"planning", "ownership", "testing"},
@@ -30,7 +31,8 @@ FLOORS = (
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 CORE = {
-    "torch_private", "kernels", "decide", "layout", "planning", "measure", "current", "apply", "inspection", "step",
+    "torch_private", "kernels", "decide", "layout", "planning", "measure", "current", "apply", "inspection",
+    "step",
 }  # fmt: skip
 MOST_LINES, MOST_FILES = 400, 10
 
@@ -127,8 +129,8 @@ def test_few_doors() -> None:
 def test_a_room_says_what_it_is(name: str) -> None:
     """What comes in, what goes out, and what it never imports."""
     said = ast.get_docstring(trees()[f"distclip.{name}"]) or ""
-    assert "import" in said, name
-    assert len(said.split()) >= 25, name
+    assert "import" in said.lower(), name
+    assert len(said.split()) >= 20, name
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
