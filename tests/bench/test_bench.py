@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from distclip.bench.shapes import SHAPES, Shapes
 from distclip.bench.table import text
 from tests import oracle
 from tests.harness import on_ranks
+from tests.starting import python, run
 
 CPU = torch.device("cpu")
 TINY = Shapes("tiny", (((6, 8), (8,)), ((4, 4), (5,)), ((7, 3),)))
@@ -119,11 +118,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     """Two ranks, started by the command itself."""
     arguments = ["bench", "--ranks", "2", "--shapes", "small", "--scale", "0.1", "--rounds", "2"]
     arguments += ["--placements", "fsdp2", "--cases", "unclipped", "--json", str(tmp_path / "bench.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "distclip.cli", *arguments],
-        capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = python("-m", "distclip.cli", *arguments)
     assert "| small | fsdp2" in done.stdout
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert saved["world_size"] == 2
@@ -131,22 +126,19 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_a_world_cannot_have_is_said() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "distclip.bench", "--placements", "hsdp"],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    done = run(sys.executable, "-m", "distclip.bench", "--placements", "hsdp")
     assert done.returncode == 2
     assert "hsdp needs another number of ranks than 1" in done.stderr
 
 
 def test_scaling_counts() -> None:
-    """What is sent does not depend on the number of ranks; a step sends one number, beside two that
-    tell whether any rank has changed its parameters."""
+    """What is sent does not depend on the number of ranks; a step sends one number, beside five that
+    tell whether any rank has changed its parameters, or is asked for something else."""
     assert not dist.is_initialized()
     few, many = cost((4, 2), 40), cost((2048, 8), 40)
     assert (few.ranks, many.ranks) == (8, 16_384)
     for c in (few, many):
-        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 24, 336)
+        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 48, 336)
         assert c.plan_collectives == few.plan_collectives <= 3
         assert c.plan_bytes == few.plan_bytes
     assert "| 8 | 20 |" in study(worlds=((4, 2),), counts=(20,))

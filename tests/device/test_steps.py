@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from tests.device.steps import ROWS
+from tests.starting import python
 
 
 def test_no_step_waits_for_the_device() -> None:
     # In a process of its own: a device, once named, stays.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.device.steps"],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-m", "tests.device.steps")
     problems = json.loads(done.stdout)
     assert problems.keys() == ROWS.keys()
     controls = {name: problems.pop(name) for name in list(problems) if name.startswith("control")}

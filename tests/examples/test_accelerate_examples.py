@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.examples.running import start, torchrun
+from tests.starting import start, torchrun
 
 # `accelerate launch`, whose command line also imports what it does not need here.
 LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num-processes", "2", "--main-process-port", "0")

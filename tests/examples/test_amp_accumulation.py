@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.running import start, torchrun
+from tests.starting import start, torchrun
 
 
 def run(*options: str, ranks: int) -> str:

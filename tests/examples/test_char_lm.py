@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.examples.running import start, torchrun
+from tests.starting import start, torchrun
 
 SMALL = ("--batch-size", "16", "--seq-len", "32")
 ENOUGH = ("--steps", "80")  # for the loss to fall, and three times what it takes to blow up

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 import distclip
 from distclip.monitor import read, replay
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "char_lm.py"
+from tests.starting import EXAMPLE, python, torchrun
 
 
 def test_demo(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = [
-        "--steps",
-        "150",
-        "--batch-size",
-        "8",
-        "--seq-len",
-        "24",
-        "--history",
-        str(tmp_path / "run.jsonl"),
-    ]
-    done = subprocess.run([*launch, str(EXAMPLE), *options], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ("--steps", "150", "--batch-size", "8", "--seq-len", "24")
+    done = python(*torchrun(2), EXAMPLE, *options, "--history", tmp_path / "run.jsonl")
     *_, recommended, report = done.stdout.strip().splitlines()
     assert re.fullmatch(r"recommended: \w+\(.*\) \([\d.]+% of the steps clipped, here [\d.]+%\)", recommended)
     assert report == f"report: {tmp_path / 'run.html'}"

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distclip.monitor import Run, read
-from tests.examples.running import start, torchrun
+from tests.starting import start, torchrun
 
 STEPS = 6
 SMALL = ("--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16", "--text", "100000")

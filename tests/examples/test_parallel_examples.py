@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.examples.running import start, torchrun
+from tests.starting import start, torchrun
 
 RANKS = 2
 

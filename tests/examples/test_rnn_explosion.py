@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import image
 
-from tests.examples.running import start
+from tests.starting import start
 
 
 def test_clipped_runs_learn_where_the_unclipped_explodes(tmp_path: Path) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import distclip
+from tests.starting import python
 
 THREADS, ROUNDS = 6, 25
 
@@ -204,6 +203,4 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_29_a_forked_process_goes_on() -> None:
     """Also where another thread was planning at that moment. (In a process of its own, without the threads
     of other tests.)"""
-    command, root = [sys.executable, "-c", FORKS], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python("-c", FORKS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import nn
 import distclip
 from distclip import cli
 from distclip._terminal import shown
+from tests.starting import python
 
 ENCODINGS = ["ascii", "cp1252", "latin-1", "cp437", "utf-8", "utf-16", "no-such-codec", None]
 
@@ -71,10 +70,8 @@ clipper = distclip.Clipper([("p", p)], distclip.GlobalNorm(1.0))
 report = clipper.clip()
 print(report); print(f"{report}"); print(clipper.describe()); print(str(report).encode("ascii"))
 """
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.startswith(b"norm 2.45 -> 1 (x0.408)")
+    done = python("-c", program, PYTHONIOENCODING="ascii")
+    assert done.stdout.startswith("norm 2.45 -> 1 (x0.408)")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +32,7 @@ from torch.utils.data import DataLoader
 import distclip
 from distclip.integrations.lightning import ClipGradients, step
 from tests.harness import on_ranks
+from tests.starting import python
 
 pytestmark = [
     # Lightning's advice on workers and logging intervals, and its own use of what torch deprecates.
@@ -472,6 +471,5 @@ print(clip.report.total_norm.item(), [round(x, 4) for x in model.w.tolist()])
 
 def test_under_its_other_name() -> None:
     """``pytorch_lightning`` is the same code with classes of its own."""
-    done = subprocess.run([sys.executable, "-c", OTHER_NAME], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", OTHER_NAME)
     assert done.stdout.strip().splitlines()[-1] == "5.0 [-0.6, -0.8]"

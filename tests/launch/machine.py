@@ -1,51 +1,12 @@
-"""What the tests of the launch starters need of the machine, and how they run things on it."""
+"""What the tests of the launch starters need of the machine."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
-EXAMPLE = ROOT / "examples" / "char_lm.py"
-# What a launcher around the tests, or the rank pool, may have set.
-_FOREIGN = (
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC",
-    "NNODES",
-    "NPROC_",
-    "RDZV_",
-    "IFACE",
-    "SLURM_",
-)
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's, without what some launcher has set, on the CPU, one thread a rank."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-    return {**own, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
-
-
-def run(
-    *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 100
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        env=environment() if env is None else env,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def require_programs(*programs: str, packages: tuple[str, ...], unless: str) -> None:

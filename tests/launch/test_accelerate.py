@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.machine import LAUNCH, environment, run
+from tests.starting import LAUNCH, environment, run
 
 CONFIGURATIONS = LAUNCH / "accelerate"
 SCRIPT = Path(__file__).with_name("report_world.py")

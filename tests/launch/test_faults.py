@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.machine import LAUNCH, environment, run
+from tests.starting import LAUNCH, environment, run
 
 WORKER = Path(__file__).with_name("faulty.py")
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from distclip.launching import launch_problems, require_launch
-from tests.launch.machine import EXAMPLE, environment, run
+from tests.starting import EXAMPLE, environment, run
 
 TWO = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -56,6 +56,6 @@ def test_tasks_of_srun_that_do_not_know_of_each_other() -> None:
 def test_the_example_says_it_before_it_waits() -> None:
     """A rank of two without an address used to be an error of torch's own, or a wait for nobody."""
     env = environment(RANK="2", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
-    done = run(sys.executable, EXAMPLE, env=env, timeout=60)
+    done = run(sys.executable, EXAMPLE, env=env)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "ValueError: RANK=2 is not below WORLD_SIZE=2"

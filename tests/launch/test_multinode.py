@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.machine import EXAMPLE, LAUNCH, ROOT, environment, require_programs, run
+from tests.launch.machine import require_programs
+from tests.starting import EXAMPLE, LAUNCH, LIMIT, ROOT, environment, run
 
 OPTIONS = ("--steps", "12", "--batch-size", "8", "--seq-len", "16", "--parallel", "fsdp2", "--history")
 
@@ -83,7 +84,7 @@ def test_two_hosts_train_as_one_does(hosts: list[tuple[str, str]], tmp_path: Pat
         for name, _ in hosts
     ]  # fmt: skip
     try:
-        said = [machine.communicate(timeout=100) for machine in machines]
+        said = [machine.communicate(timeout=LIMIT) for machine in machines]
     finally:
         for machine in machines:
             machine.terminate()  # torchrun then ends its ranks

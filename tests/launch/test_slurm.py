@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.machine import EXAMPLE, LAUNCH, environment, require_programs, run
+from tests.launch.machine import require_programs
+from tests.starting import EXAMPLE, LAUNCH, environment, run
 
 CONFIGURATION = """
 ClusterName=distclip
@@ -135,6 +136,6 @@ def test_a_job_trains(slurm: dict[str, str], tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said(variables: dict[str, str], text: str) -> None:
-    done = run("bash", LAUNCH / "slurm.sbatch", EXAMPLE, env=environment(**variables), timeout=20)
+    done = run("bash", LAUNCH / "slurm.sbatch", EXAMPLE, env=environment(**variables))
     assert done.returncode == 2
     assert text in done.stderr

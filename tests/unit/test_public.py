@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from importlib.metadata import version
 from importlib.resources import files
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import distclip
+from tests.starting import python
 
 PUBLIC = {
     "AGC",
@@ -105,8 +104,7 @@ metadata.Distribution.from_name = classmethod(none)
 import distclip.cli, distclip.monitor.commands
 print(distclip.__version__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.returncode) == (distclip.__version__, 0), done.stderr
+    assert python("-c", code).stdout.strip() == distclip.__version__
 
 
 def test_errors() -> None:

@@ -4,9 +4,7 @@ they are chosen."""
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ from triton.compiler import ASTSource
 from distclip import kernels
 from distclip.kernels import foreach, programs
 from distclip.kernels import triton as host
+from tests.starting import python
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -28,18 +27,8 @@ TABLES = {"addresses": "*i64", "owners": "*i32", "starts": "*i64", "counts": "*i
 
 def test_in_the_interpreter() -> None:
     """Of its own process: TRITON_INTERPRET has to be set before Triton is imported."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/unit/triton_interpreted.py",
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/triton_interpreted.py")
+    done = python(*command, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
     assert re.search(r"^\d\d+ passed in ", done.stdout, re.MULTILINE), done.stdout
 
 
@@ -127,7 +116,7 @@ def test_not_imported_without_a_gpu() -> None:
         "assert 'distclip.kernels.foreach' in sys.modules\n"
         "assert 'distclip.kernels.triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    python("-c", code)
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
