@@ -43,8 +43,9 @@ from distclip.measure.overlap import Overlap
 from distclip.measure.reduction import WORDS, News
 from distclip.planning.agreement import require_same_settings
 from distclip.planning.arrival import leave_word
-from distclip.planning.ownership import AskedOtherwise, OutdatedPlan
-from distclip.planning.plan import Plan, build_plan, require_equal_gradients
+from distclip.planning.comparison import require_equal_gradients
+from distclip.planning.news import AskedOtherwise, OutdatedPlan
+from distclip.planning.plan import Plan, build_plan
 from distclip.planning.settings import settings_of, state_of
 from distclip.strategies._base import Strategy
 
