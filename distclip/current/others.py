@@ -16,8 +16,9 @@ from distclip.measure.measurement import Measurement
 from distclip.measure.reduction import News
 from distclip.planning.agreement import require_same_settings
 from distclip.planning.arrival import leave_word
-from distclip.planning.ownership import AskedOtherwise, OutdatedPlan
-from distclip.planning.plan import Plan, require_equal_gradients
+from distclip.planning.comparison import require_equal_gradients
+from distclip.planning.news import AskedOtherwise, OutdatedPlan
+from distclip.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ from distclip.measure.gradients import Gradients
 from distclip.measure.measurement import Measurement
 from distclip.measure.overlap import Overlap
 from distclip.measure.reduction import News
-from distclip.planning.ownership import AskedOtherwise, OutdatedPlan
-from distclip.planning.plan import Plan, build_plan, require_equal_gradients
+from distclip.planning.comparison import require_equal_gradients
+from distclip.planning.news import AskedOtherwise, OutdatedPlan
+from distclip.planning.plan import Plan, build_plan
 from distclip.strategies._base import Strategy
 
 

@@ -169,6 +169,34 @@ class Awaited:
         return bool, (bool(self),)
 
 
+class LossOfStep:
+    """The loss of the backward passes since the last step, for a strategy that judges it.
+
+    Attributes:
+        value: None before the first.
+        used: in a step; the next pass begins anew.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.used = False
+
+    def add(self, part: Tensor) -> None:
+        self.value = part if self.value is None or self.used else self.value + part
+        self.used = False
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """For torch's lists of hooks, which are to keep nothing alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return hook
+
+
 def load_if_it_fits(clipper: Clipper, state: dict[str, Any]) -> None:
     """Continue from what a checkpoint holds. Where another strategy has saved it, or one with other sizes,
     the strategy goes on without: a run may be resumed with another one. Every rank loads the same, and so

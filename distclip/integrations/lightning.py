@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_map
 
 from distclip.apply.change import OnNonfinite
 from distclip.apply.optimizer_step import parameters_of
 from distclip.clipper import Clipper
 from distclip.decide.report import ClipReport
-from distclip.inspection.advice import is_main_rank, logger
-from distclip.integrations._stepping import StepSkipper, load_if_it_fits
-from distclip.layout.parameters import named_parameters
-from distclip.layout.source import Witness, witness_of
+from distclip.integrations._clippers import Clippers
+from distclip.integrations._fabric import step as step
+from distclip.integrations._stepping import LossOfStep, StepSkipper, weakly
 from distclip.strategies._base import Strategy
-from distclip.strategies._pattern import require_fit
 from distclip.training.unscaling import unscale_
 
 # Lightning comes under two names, whose classes are not each other's: the one in use.
@@ -112,35 +107,25 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
         apply: Literal["inplace", "deferred"] = "inplace",
         log: bool = True,
     ) -> None:
-        each = [strategy] if isinstance(strategy, Strategy) else strategy
-        if not isinstance(each, list | tuple) or not each or not all(isinstance(s, Strategy) for s in each):
-            raise TypeError(
-                f"{strategy=}: expected a distclip.Strategy, e.g. distclip.GlobalNorm(1.0), or a list of one "
-                "for each optimizer"
-            )
         self.strategy = strategy
         self.report: ClipReport | None = None
         self.reports: dict[int, ClipReport] = {}
-        self.clippers: dict[int, Clipper] = {}
-        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._clippers = Clippers(strategy, on_nonfinite, apply)
         self._apply: Literal["inplace", "deferred"] = apply
         self._log = log
-        self._uses_loss = any(s.uses_loss for s in each)
         self._unlogged: dict[int, ClipReport] = {}
-        self._loaded: dict[int, dict[str, Any]] = {}  # states whose clippers are not made yet
         self._handles: list[Any] = []
         self._scaler: Any = None
         self._forget()
 
     def _forget(self) -> None:
         """What belongs to one fit."""
-        self._followed: dict[int, _Followed] = {}
-        self._skippers: dict[int, tuple[torch.optim.Optimizer, StepSkipper]] = {}  # by the optimizer's id
+        self._clippers.let_go()
+        self._skippers: dict[torch.optim.Optimizer, StepSkipper] = {}
         self._strangers: list[torch.optim.Optimizer] = []  # that Lightning does not know
         self._stepping: torch.optim.Optimizer | None = None  # whatever steps within that step is a part of it
         self._update_is_due = False  # of the scale
-        self._loss: Tensor | None = None  # of the backward passes since the last step
-        self._loss_used = False
+        self._loss = LossOfStep()
 
     # --- around a fit -----------------------------------------------------------------------------------
 
@@ -168,12 +153,12 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
             )
         self._forget()
         self._trainer = trainer
-        self._loaded = self.state_dict()["clippers"]  # another fit: other parameters, the same strategy
-        self.clippers, self.reports = {}, {}
+        self._clippers.begin_anew()
+        self.reports = {}
         plugin.optimizer_step = self._optimizer_step
         self._handles = [
-            register_optimizer_step_pre_hook(_hook_of(self, "_before_step")),
-            register_optimizer_step_post_hook(_hook_of(self, "_after_step")),
+            register_optimizer_step_pre_hook(weakly(self._before_step)),
+            register_optimizer_step_post_hook(weakly(self._after_step)),
         ]
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None and scaler.is_enabled():
@@ -181,21 +166,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
             scaler.scale, scaler.step = self._scale_loss, self._scaler_step
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        optimizers = self._configured()
-        if not isinstance(self.strategy, Strategy):
-            if len(self.strategy) != len(optimizers):
-                raise ValueError(
-                    f"ClipGradients has {len(self.strategy)} strategies, and configure_optimizers returns "
-                    f"{len(optimizers)} optimizers: give one strategy for each, or one for all"
-                )
-            return
-        self._fresh = copy.deepcopy(self.strategy)
-        if len(optimizers) > 1:
-            held = {id(p) for o in optimizers for p in parameters_of(o)}
-            named = named_parameters(trainer.strategy.model)
-            require_fit(
-                self._fresh, [p.info for p in named if p.tensor.requires_grad and id(p.tensor) in held]
-            )
+        self._clippers.require_fit(self._configured(), trainer.strategy.model)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         vars(trainer.strategy.precision_plugin).pop("optimizer_step", None)
@@ -206,7 +177,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
             self._update_scale()
             del self._scaler.scale, self._scaler.step
             self._scaler = None
-        for _, skipper in self._skippers.values():
+        for skipper in self._skippers.values():
             skipper.remove()
         self._forget()
 
@@ -243,17 +214,20 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
         """``update``: the loss scale; None: now if this is the only optimizer, else once all have stepped."""
         index, clipper = self._clipper_of(optimizer)
         later = update is None and self._scaler is not None and len(self._configured()) > 1
+        if update is None:
+            update = not later
         with self._within(optimizer):
-            report = clipper.step(
-                optimizer, self._scaler, loss=self._loss, update=not later if update is None else update
-            )
+            report = clipper.step(optimizer, self._scaler, loss=self._loss.value, update=update)
         self._update_is_due |= later
         self._note(index, report)
 
     def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        state = self._scaler._per_optimizer_states.get(id(optimizer))
-        if state is None or state["stage"] is OptState.READY:
+        if self._is_scaled(optimizer):
             unscale_(self._scaler, optimizer, self._clipper_of(optimizer)[1])
+
+    def _is_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        state = self._scaler._per_optimizer_states.get(id(optimizer))
+        return state is None or state["stage"] is OptState.READY
 
     def _is_observed(self, model: Any) -> bool:
         """Whether anybody looks at the gradients before the step."""
@@ -284,9 +258,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
                 f"{kind}.step() was called past Lightning, so it cannot take the coefficient of "
                 'apply="deferred" along: step Lightning\'s own, self.optimizers(), or leave apply out'
             )
-        state = None if self._scaler is None else self._scaler._per_optimizer_states.get(id(optimizer))
-        scaled = self._scaler is not None and self._scaler._scale is not None
-        if scaled and (state is None or state["stage"] is OptState.READY):
+        if self._scaler is not None and self._scaler._scale is not None and self._is_scaled(optimizer):
             raise ValueError(
                 f"{kind}.step() was called past Lightning, with gradients that are multiplied by the loss "
                 "scale: step Lightning's own optimizer, self.optimizers(), which unscales them, or call "
@@ -316,7 +288,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Whether the step is to be left out, [] bool."""
         index, clipper = self._clipper_of(optimizer)
-        report = clipper.clip(loss=self._loss)
+        report = clipper.clip(loss=self._loss.value)
         self._note(index, report)
         return report.skipped
 
@@ -338,20 +310,19 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
         return True
 
     def _skipper_of(self, optimizer: torch.optim.Optimizer) -> StepSkipper:
-        if id(optimizer) not in self._skippers:
-            self._skippers[id(optimizer)] = optimizer, StepSkipper(optimizer)
-        return self._skippers[id(optimizer)][1]
+        if optimizer not in self._skippers:
+            self._skippers[optimizer] = StepSkipper(optimizer)
+        return self._skippers[optimizer]
 
     # --- the loss and its scale ---------------------------------------------------------------------------
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        if not self._uses_loss:
+        if not self._clippers.uses_loss:
             return
         part = loss.detach()
         if self._scaler is not None and self._scaler._scale is not None:
             part = part / self._scaler._scale.to(part.device)
-        self._loss = part if self._loss is None or self._loss_used else self._loss + part
-        self._loss_used = False
+        self._loss.add(part)
 
     def _scale_loss(self, outputs: Any) -> Any:
         """In the place of the scaler's ``scale``."""
@@ -369,36 +340,17 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
         found = self._trainer.strategy.optimizers
         return [o for o in found if not isinstance(o, _optimizers._MockOptimizer)]
 
-    def _clipper_of(self, optimizer: torch.optim.Optimizer) -> tuple[int, Clipper]:
-        optimizers = [*self._configured(), *self._strangers]
-        index = next(i for i, own in enumerate(optimizers) if own is optimizer)
-        if index not in self._followed:
-            clipper = Clipper(
-                [], self._strategy_of(index), on_nonfinite=self._on_nonfinite, apply=self._apply
-            )
-            if index in self._loaded:
-                load_if_it_fits(clipper, self._loaded.pop(index))
-            self._followed[index] = _Followed(clipper)
-            self.clippers[index] = clipper
-        self._followed[index].look(optimizer, self._trainer.strategy.model)
-        return index, self.clippers[index]
+    @property
+    def clippers(self) -> dict[int, Clipper]:
+        return self._clippers.made
 
-    def _strategy_of(self, index: int) -> Strategy:
-        if not isinstance(self.strategy, Strategy):
-            if index < len(self.strategy):
-                return self.strategy[index]
-            raise ValueError(
-                f"ClipGradients has {len(self.strategy)} strategies, one for each optimizer of "
-                "configure_optimizers, and another optimizer steps: return that from configure_optimizers "
-                "too, or give one strategy for all"
-            )
-        if index == 0 and len(self._configured()) < 2:
-            return self.strategy
-        return copy.deepcopy(self._fresh)
+    def _clipper_of(self, optimizer: torch.optim.Optimizer) -> tuple[int, Clipper]:
+        model = self._trainer.strategy.model
+        return self._clippers.of(optimizer, self._configured(), self._strangers, model)
 
     def _note(self, index: int, report: ClipReport) -> None:
         self.report = self.reports[index] = self._unlogged[index] = report
-        self._loss_used = True
+        self._loss.used = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -416,88 +368,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
     # --- state --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        states = {index: clipper.state_dict() for index, clipper in self.clippers.items()}
-        # On the CPU: Lightning loads what goes with a sharded checkpoint to where it was saved from.
-        states = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, states)
-        return {"clippers": self._loaded | states}
+        return self._clippers.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._loaded = dict(state_dict["clippers"])
-        for index, clipper in self.clippers.items():
-            if index in self._loaded:
-                load_if_it_fits(clipper, self._loaded.pop(index))
-
-
-class _Followed:
-    """The clipper of one optimizer's parameters, whatever becomes of these."""
-
-    def __init__(self, clipper: Clipper) -> None:
-        self._clipper = clipper
-        self._witnesses: tuple[Witness, Witness] | None = None
-
-    def look(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Give the clipper the parameters that ``optimizer`` holds now, by their names in ``model``."""
-        if self._holds(optimizer, model):
-            return
-        held = {id(p): p for p in parameters_of(optimizer)}
-        named = [
-            (p.name, p.tensor) for p in named_parameters(model) if held.pop(id(p.tensor), None) is not None
-        ]
-        if held and self._witnesses is not None and is_main_rank():
-            logger.warning(
-                "%s still holds %d parameters (the first of shape %s) that are not in %s any more: what has "
-                "taken their place is trained only once the optimizer holds it (optimizer.add_param_group).",
-                type(optimizer).__name__, len(held), tuple(next(iter(held.values())).shape),
-                type(model).__name__,
-            )  # fmt: skip
-        named += [(f"not in the module[{i}]", p) for i, p in enumerate(held.values())]
-        self._clipper.follow(named, [model])
-        self._witnesses = witness_of(optimizer), witness_of(model)
-
-    def _holds(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-        if self._witnesses is None:
-            return False
-        of_optimizer, of_model = self._witnesses
-        return of_optimizer.tensors(optimizer) is not None and of_model.tensors(model) is not None
-
-
-def _hook_of(callback: ClipGradients, name: str) -> Callable[..., Any]:
-    """For torch's lists of hooks, which are to keep nothing alive."""
-    reference = weakref.ref(callback)
-
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        target = reference()
-        return None if target is None else getattr(target, name)(optimizer, args, kwargs)
-
-    return hook
-
-
-def step(fabric: Any, clipper: Clipper, optimizer: Any, *, loss: Tensor | float | None = None) -> ClipReport:
-    """With Fabric, in place of ``fabric.clip_gradients(model, optimizer, …)`` and ``optimizer.step()``.
-
-    Unscales, clips, steps or skips, and updates the loss scale, alike on every rank: also for FSDP, FSDP2 and
-    tensor parallel models, and for fused optimizers with ``precision="16-mixed"``, where
-    ``fabric.clip_gradients`` raises.
-
-    Args:
-        fabric: that has set up the model and the optimizer.
-        clipper: made from the model that ``fabric.setup`` has returned.
-        optimizer: as ``fabric.setup`` has returned it.
-        loss: as for :meth:`distclip.Clipper.step`.
-
-    Raises:
-        TypeError: under DeepSpeed, whose engine clips by its own configuration.
-
-    Example:
-        >>> model, optimizer = fabric.setup(model, optimizer)
-        >>> clipper = distclip.Clipper(model, distclip.GlobalNorm(1.0))
-        >>> fabric.backward(loss)
-        >>> report = step(fabric, clipper, optimizer)
-        >>> optimizer.zero_grad()
-    """
-    if "DeepSpeed" in type(fabric.strategy).__name__:
-        raise TypeError("DeepSpeed's engine clips by its own configuration: set gradient_clipping there")
-    inner = getattr(optimizer, "optimizer", optimizer)
-    report = clipper.step(inner, getattr(fabric.strategy.precision, "scaler", None), loss=loss)
-    fabric.call("on_after_optimizer_step", strategy=fabric.strategy, optimizer=inner)
-    return report
+        self._clippers.load_state_dict(state_dict)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from distclip.decide.transfer import on_device
 from distclip.layout.placement import SUMMED, Axis, Placement, resolve_group
-from distclip.planning.ownership import AskedOtherwise, OutdatedPlan
+from distclip.planning.news import AskedOtherwise, OutdatedPlan
 from distclip.planning.plan import Plan
 
 

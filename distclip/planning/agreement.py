@@ -80,7 +80,7 @@ def agree_on_settings(
     complainer, most, least, *anywhere = message[2 * n :]
     if not math.isinf(complainer):
         rank = round(-complainer)
-        said = _quotations([complaint if dist.get_rank() == rank else None], group, device)[0]
+        said = quotations([complaint if dist.get_rank() == rank else None], group, device)[0]
         raise OwnershipError(f"rank {rank}: {said}")
     for i, name in enumerate(_FIELDS):
         if high[i] != low[i]:
@@ -123,7 +123,7 @@ def _disagreement(
 ) -> str:
     """Both sides, and on which ranks. All ranks call this."""
     sides = [own if mine == side else None for side in (high, low)]
-    one, other = _from_difference(*_quotations(sides, group, device))
+    one, other = _from_difference(*quotations(sides, group, device))
     side = 1.0 if mine == high else 2.0 if mine == low else 3.0
     own_place = dist.get_rank(group)
     found = _maximum([side if i == own_place else 0.0 for i in range(group.size())], group, device)
@@ -213,7 +213,7 @@ def _difference(
     mine = _hash(told[differing]) if own is not None else 0.0
     top = own if differing == least or mine == found[differing] else None
     bottom = own if differing < least and mine == -found[least + differing] else None
-    one, other = _quotations([top, bottom], group, device)
+    one, other = quotations([top, bottom], group, device)
     counts = f"different numbers of parameters: {least} on some, {most} on others, {len(said)} on rank "
     if most == least:
         counts = "different parameters, or in another order; seen on rank "
@@ -245,12 +245,14 @@ def _maximum(values: Sequence[float], group: dist.ProcessGroup, device: torch.de
     return found
 
 
-def _quotations(texts: Sequence[str | None], group: dist.ProcessGroup, device: torch.device) -> list[str]:
+def quotations(
+    texts: Sequence[str | None], group: dist.ProcessGroup, device: torch.device, size: int = _QUOTED
+) -> list[str]:
     """Each text from the ranks that have it (the same one on all of these), on every rank."""
-    table = torch.zeros(len(texts), _QUOTED, dtype=torch.uint8, device="cpu")
+    table = torch.zeros(len(texts), size, dtype=torch.uint8, device="cpu")
     for row, text in enumerate(texts):
         if text is not None:
-            data = bytearray(text.encode()[:_QUOTED])
+            data = bytearray(text.encode()[:size])
             if data:
                 table[row, : len(data)] = torch.frombuffer(data, dtype=torch.uint8)
     table = table.to(device)

@@ -21,8 +21,8 @@ from distclip.layout.declarations import Declared
 from distclip.layout.parameters import NamedParameter, order_in_modules
 from distclip.layout.placement import Axis, Placement, PlacementReader, distinct, resolve_group
 from distclip.layout.scope import Scope, find_scope, message_device
-from distclip.planning import ownership
-from distclip.planning.ownership import Rounding, agree
+from distclip.planning.ownership import agree
+from distclip.planning.rounding import Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,31 +183,6 @@ def _told_apart(infos: Sequence[ParameterInfo]) -> tuple[ParameterInfo, ...]:
             taken.add(info.name)
         apart.append(info)
     return tuple(apart)
-
-
-def require_equal_gradients(
-    plan: Plan, tensors: Sequence[Tensor] | None = None, settings: Mapping[str, str] | None = None
-) -> None:
-    """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce;
-    none where no rank has any.
-
-    ``tensors``, ``settings``: None tells the others that this rank's parameters have changed.
-
-    Raises:
-        OwnershipError, SettingsError, OutdatedPlan: on every rank in scope alike.
-    """
-    if plan.compared != ():
-        ownership.require_equal_gradients(
-            plan.names,
-            None if tensors is None else [tensors[i] for i in plan.positions],
-            plan.placements,
-            plan.compared or (),
-            plan.rows,
-            plan.scope,
-            plan.device,
-            settings,
-            plan.rounding,
-        )
 
 
 def _trains(tensor: Tensor) -> bool:

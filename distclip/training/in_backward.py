@@ -26,7 +26,7 @@ from distclip.layout.synchronisation import wrappers
 from distclip.measure.gradients import Gradients
 from distclip.measure.reduction import News, reduce_message
 from distclip.measure.single import Single, coefficient_to, norm_from
-from distclip.planning.ownership import OutdatedPlan
+from distclip.planning.news import OutdatedPlan
 from distclip.planning.plan import build_plan
 from distclip.strategies.global_norm import GlobalNorm
 from distclip.strategies.per_parameter import PerParameter

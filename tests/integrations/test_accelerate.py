@@ -568,7 +568,7 @@ def test_an_infinite_max_norm_only_measures() -> None:
 @on_ranks(2)
 def test_new_lists_of_the_same_parameters_are_planned_once(rank: int) -> None:
     from distclip.current import parameter_set as module
-    from distclip.integrations import accelerate as integration
+    from distclip.integrations import _lists as integration
 
     made = []
     originals = {m: m.build_plan for m in (module, integration)}
