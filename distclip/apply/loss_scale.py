@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from distclip.torch_private import grad_scaler
+
 
 @dataclass(frozen=True)
 class LossScale:
@@ -45,10 +47,11 @@ class LossScale:
         """
         if scaler is None or not scaler.is_enabled():
             return LossScale(None, optimizers, None)
-        states = scaler._per_optimizer_states
-        if scaler._scale is None and stage_device is not None:
-            scaler._lazy_init_scale_growth_tracker(stage_device)
-        if scaler._scale is None:
+        states = grad_scaler.states(scaler)
+        if grad_scaler.scale_of(scaler) is None and stage_device is not None:
+            grad_scaler.start(scaler, stage_device)
+        scale = grad_scaler.scale_of(scaler)
+        if scale is None:
             raise ValueError(
                 "the scaler passed to step() has never scaled a loss: call scaler.scale(loss).backward()"
             )
@@ -65,7 +68,7 @@ class LossScale:
                 "them or none (step() does it on its own)"
             )
         unscaled = bool(stages) and stages[0] == OptState.UNSCALED
-        return LossScale(scaler, optimizers, None if unscaled else reciprocal(scaler._scale))
+        return LossScale(scaler, optimizers, None if unscaled else reciprocal(scale))
 
     def finish(self, nonfinite: Tensor, *, update: bool = True) -> None:
         """All optimizers have been stepped: tell the scaler, and let it ``update`` its scale."""
@@ -79,7 +82,7 @@ class LossScale:
 
 def scale_on_cpu(scaler: GradScaler) -> float | None:
     """Of a scaler there, which nobody has to wait for."""
-    return scaler.get_scale() if scaler._device == "cpu" else None
+    return scaler.get_scale() if grad_scaler.device_of(scaler) == "cpu" else None
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -91,9 +94,10 @@ def record(
     scaler: GradScaler, optimizer: torch.optim.Optimizer | None, nonfinite: Tensor, stage: OptState
 ) -> None:
     """Tell the scaler whether infinities were found, as its own unscale_ would."""
-    assert scaler._scale is not None
-    state = scaler._per_optimizer_states[id(optimizer)]
+    scale = grad_scaler.scale_of(scaler)
+    assert scale is not None
+    state = grad_scaler.states(scaler)[id(optimizer)]
     # update() adds the flags of several optimizers in place: each gets a tensor of its own.
-    found = nonfinite.to(device=scaler._scale.device, dtype=torch.float32, copy=True)
+    found = nonfinite.to(device=scale.device, dtype=torch.float32, copy=True)
     state["found_inf_per_device"] = {found.device: found}
     state["stage"] = stage

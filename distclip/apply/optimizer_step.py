@@ -8,11 +8,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from distclip.torch_private.optimizers import scales_and_skips
+
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer scales and skips by itself: ``fused=True`` Adam, AdamW, SGD and, in newer
     releases of torch, Adagrad."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return scales_and_skips(optimizer)
 
 
 def take_step(

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from distclip.torch_private.autograd import version
+from distclip.torch_private.dtensor import local
+from distclip.torch_private.optimizers import has_step_hooks
 
 _MOST_WATCHED = 256
 """Of the gradients of a step so many are looked at, evenly spaced, so that it takes microseconds."""
@@ -51,14 +54,14 @@ class Used:
         self.any = self._first is not None
         first = None if self._first is None else gradients[self._first]
         # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
-        self._witness = None if first is None else weakref.ref(_local(first))
+        self._witness = None if first is None else weakref.ref(local(first))
         self._versions = _versions(gradients)
 
     def unchanged(self) -> bool:
         """Whether they are still those. (Not seen: CUDA graphs and ``.data``, which leave no version.)"""
         if self._first is not None and self._witness is not None:
             gradient = self._parameters[self._first].grad
-            if gradient is None or self._witness() is not _local(gradient):
+            if gradient is None or self._witness() is not local(gradient):
                 return False
         now = _versions(list(map(_gradient, self._parameters)))
         return now is not None and now == self._versions
@@ -66,13 +69,9 @@ class Used:
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int] | None:
     try:
-        return [-1 if g is None else _local(g)._version for g in gradients]
+        return [-1 if g is None else version(local(g)) for g in gradients]
     except RuntimeError:  # inference tensors have none
         return None
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
 
 
 class StepGuard:
@@ -92,7 +91,7 @@ class StepGuard:
     def taken(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
         """The clipper has stepped, or skipped, ``optimizer`` with the gradients that there are."""
         self._used[optimizer] = Used(parameters)
-        if optimizer not in self._handles and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        if optimizer not in self._handles and has_step_hooks(optimizer):
             self._handles[optimizer] = optimizer.register_step_pre_hook(_hook(weakref.ref(self)))
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from distclip.bench.shapes import SHAPES, Shapes
 from distclip.bench.timing import alternate, once, slowest
 from distclip.clipper import Clipper
 from distclip.strategies.global_norm import GlobalNorm
+from distclip.torch_private.foreach import foreach_copy_, foreach_mul_
 
 _MANY_DTENSORS = 4000  # so many take torch minutes for the first call
 
@@ -214,7 +215,7 @@ class _Case:
         kept = [g.clone() for g in self.model.locals]
 
         def refill() -> None:
-            torch._foreach_copy_(self.model.locals, kept)
+            foreach_copy_(self.model.locals, kept)
 
         def in_torch() -> None:
             scaler.unscale_(optimizer)
@@ -262,4 +263,4 @@ class _Case:
         return min(alternate(reads, self.setting.rounds, self.setting.device).values())
 
     def _double(self) -> None:
-        torch._foreach_mul_(self.model.locals, 2.0)
+        foreach_mul_(self.model.locals, 2.0)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from distclip.torch_private.operators import READ_TO_HOST, TorchDispatchMode, schema_of, tree_leaves
 
 _WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_"}  # what they write they do not read
 _WRITE_NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
@@ -41,10 +41,10 @@ class _Counter(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # what it does with the local tensors comes here again
         out = func(*args, **(kwargs or {}))
-        schema = func._schema
+        schema = schema_of(func)
         if func.namespace in ("c10d", "_c10d_functional"):
             self.collectives += "wait" not in schema.name and "barrier" not in schema.name
-        elif func is torch.ops.aten._local_scalar_dense.default:
+        elif func is READ_TO_HOST:
             self.host_syncs += 1
         elif not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
             self._add(schema, args, kwargs or {}, out)

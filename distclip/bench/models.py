@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.bench.shapes import Shape, Shapes
+from distclip.torch_private.dtensor import local
 
 
 class Layer(nn.Module):
@@ -53,7 +54,7 @@ class Model:
         for parameter in self.parameters:
             gradient: Any = parameter.grad
             if gradient is not None:
-                found.append(gradient._local_tensor if isinstance(gradient, DTensor) else gradient)
+                found.append(local(gradient))
         return found
 
     def fill(self) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from distclip.clipper import Clipper
 from distclip.strategies.global_norm import GlobalNorm
+from distclip.torch_private.groups import fake_store
 
 WORLDS = ((4, 2), (8, 8), (128, 8), (2048, 8))  # (dp, tp)
 COUNTS = (1_000, 10_000, 100_000)
@@ -115,9 +116,7 @@ def _parameter(mesh: DeviceMesh, dp: DeviceMesh, i: int) -> Tensor:
 
 @contextmanager
 def _world(extent: tuple[int, int]) -> Iterator[DeviceMesh]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=extent[0] * extent[1])
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=extent[0] * extent[1])
     try:
         yield init_device_mesh("cpu", extent, mesh_dim_names=("dp", "tp"))
     finally:

@@ -17,6 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from distclip.apply.stepped import AfterStep
 from distclip.decide.report import ClipReport
 from distclip.decide.transfer import Transfer
+from distclip.torch_private import grad_scaler
 
 logger = logging.getLogger("distclip")
 
@@ -249,8 +250,10 @@ def _forgotten_scaler() -> bool:
     """Whether a GradScaler has scaled losses since its last update, and no gradients have been unscaled for
     it. (Found by the garbage collector: tens of milliseconds, once.)"""
     for scaler in gc.get_objects():
-        if issubclass(type(scaler), GradScaler) and scaler._enabled and scaler._scale is not None:
-            states = scaler._per_optimizer_states
+        if not issubclass(type(scaler), GradScaler):
+            continue
+        if grad_scaler.is_on(scaler) and grad_scaler.scale_of(scaler) is not None:
+            states = grad_scaler.states(scaler)
             if not isinstance(states, AfterStep) and not states:
                 return True
     return False

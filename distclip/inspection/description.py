@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distclip._terminal import shown
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import local as local_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def describe(plan: Plan, tensors: list[Tensor]) -> Description:
         plan.positions, plan.parameters, plan.placements, plan.multiplicities, strict=True
     ):
         tensor = tensors[position]
-        local = getattr(tensor, "_local_tensor", tensor)
+        local = local_of(tensor)
         held = multiplicity if group is not None else 1
         rows.append(
             Row(info.name, tuple(info.shape), tensor.dtype, placement.label, ranks, held, local.numel())

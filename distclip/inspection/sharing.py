@@ -14,6 +14,7 @@ from torch import Tensor
 from distclip.inspection.advice import is_main_rank
 from distclip.layout.life import Life, life_of
 from distclip.strategies._base import Strategy
+from distclip.torch_private.modules import persistent_buffers
 
 logger = logging.getLogger("distclip")
 
@@ -75,8 +76,7 @@ def _owner_of(part: Strategy) -> Any:
 def has_state(strategy: torch.nn.Module) -> bool:
     """Whether a step leaves anything behind in it, or in a module inside it."""
     return any(
-        m._buffers.keys() - m._non_persistent_buffers_set
-        or type(m).get_extra_state is not torch.nn.Module.get_extra_state
+        persistent_buffers(m) or type(m).get_extra_state is not torch.nn.Module.get_extra_state
         for m in strategy.modules()
     )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.looking import look, look_at_one
+from distclip.torch_private.foreach import foreach_mul_, foreach_norm
 
 # torch's CPU norm adds float32 squares one after the other into a few float32 lanes: 0.5 % off for 60 M
 # elements, and 1e-5 off for a few thousand equal ones. The norms of rows of this length, joined in
@@ -61,7 +62,7 @@ def power_sums(tensors: list[Tensor], norm_type: float, accumulate: torch.dtype)
         if not compiling and not _within(sums, _SOME_FAINT):
             _sum_again(sums, tensors, [_FAINT * t.numel() for t in tensors])
         return sums
-    norms: Tensor = torch.stack(torch._foreach_norm(tensors, norm_type, dtype=accumulate)).double()
+    norms: Tensor = torch.stack(foreach_norm(tensors, norm_type, dtype=accumulate)).double()
     if math.isinf(norm_type):
         return norms
     return norms.square() if norm_type == 2 else norms.pow(norm_type)
@@ -90,11 +91,11 @@ def _sum_again(sums: Tensor, tensors: list[Tensor], faint: list[float]) -> None:
     """In float64, what is not finite or below ``faint``, and put it into ``sums``, of float32 squares."""
     found = [i for i, each in enumerate(look(sums) or ()) if not faint[i] <= each < math.inf]
     if found:
-        largest = torch.stack(torch._foreach_norm([tensors[i] for i in found], math.inf))
+        largest = torch.stack(foreach_norm([tensors[i] for i in found], math.inf))
         pairs = zip(found, look(largest.double()) or (), strict=True)
         found = [i for i, each in pairs if each]  # the others are zeros
     if found:
-        norms = torch._foreach_norm([tensors[i] for i in found], 2, dtype=torch.float64)
+        norms = foreach_norm([tensors[i] for i in found], 2, dtype=torch.float64)
         sums.index_copy_(0, _whole(found), torch.stack(norms).square_())
 
 
@@ -263,7 +264,7 @@ def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
         if _narrow_on_cuda(tensors[0]):
             _multiply(tensors, [factor] * len(tensors))
         else:
-            torch._foreach_mul_(tensors, factor)
+            foreach_mul_(tensors, factor)
 
 
 def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
@@ -272,7 +273,7 @@ def scale_each_(tensors: list[Tensor], coefficients: Tensor) -> None:
         if _narrow_on_cuda(tensors[0]):
             _multiply(tensors, factors.unbind())
         else:
-            torch._foreach_mul_(tensors, factors.unbind())
+            foreach_mul_(tensors, factors.unbind())
 
 
 def scale_rows_(rows: Tensor, coefficients: Tensor) -> None:

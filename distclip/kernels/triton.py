@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import foreach, programs
+from distclip.torch_private.foreach import foreach_add_
 
 logger = logging.getLogger("distclip")
 
@@ -236,7 +237,7 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
 def _written_by_kernels(addresses: Sequence[int], device: torch.device) -> Tensor:
     """[len(addresses)] int64. foreach kernels carry their scalars as arguments, exactly."""
     table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(table.unbind()), list(addresses))
+    foreach_add_(list(table.unbind()), list(addresses))
     return table
 
 

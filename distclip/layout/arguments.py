@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.layout.placement import MANAGED
+from distclip.torch_private.fsdp import flat_size
 
 
 def require_source(parameters: Any) -> None:
@@ -254,7 +255,7 @@ def require_material(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
                 f"{name} has no shape yet: run one forward pass, which makes the parameters of lazy modules, "
                 "before the first clip"
             )
-        whole = getattr(tensor, "_unpadded_unsharded_size", None)  # of FSDP1's FlatParameter
+        whole = flat_size(tensor)
         if whole is not None and whole.numel() != tensor.numel() and not hasattr(tensor, MANAGED):
             raise ValueError(
                 f"{name} is a flat parameter of FSDP1, of which this rank holds {tensor.numel()} of "

@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.layout.placement import resolve_group
+from distclip.torch_private import ddp
 
 Action: TypeAlias = Callable[[dist.GradBucket], None]
 """Called with each bucket of averaged gradients, on whatever thread finished the average."""
@@ -82,14 +83,14 @@ def averaging_of(model: DistributedDataParallel) -> Averaging:
         ValueError: it has another, or averages some gradients elsewhere.
     """
     foreign = []
-    for hook, state in model._comm_hooks:
+    for hook, state in ddp.comm_hooks(model):
         if not isinstance(state, Averaging):
             foreign.append(getattr(hook, "__qualname__", repr(hook)))
         elif state.registered:
             return state
     if foreign:
         raise ValueError(_taken(model, foreign[0]))
-    if getattr(model, "_delay_all_reduce_params", None):
+    if ddp.delays_all_reduce(model):
         raise ValueError(
             f"{_name(model)} was made with delay_all_reduce_named_params, whose gradients pass through its "
             "communication hook in another form: make it without, or clip after backward (distclip.Clipper)"
@@ -98,7 +99,7 @@ def averaging_of(model: DistributedDataParallel) -> Averaging:
     try:
         model.register_comm_hook(averaging, _average_then_act)
     except RuntimeError:
-        model._comm_hooks.pop()  # DDP has noted it all the same
+        ddp.comm_hooks(model).pop()  # DDP has noted it all the same
         raise ValueError(_taken(model, "a built-in one")) from None
     return averaging
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distclip.layout.placement import MANAGED, Axis, Declaration, Home, Stretch
+from distclip.torch_private.fsdp import Flat, between_nodes, flat_of
 
 
 def annotate_fsdp1(module: nn.Module) -> dict[tuple[int, str], Tensor]:
@@ -30,24 +31,17 @@ def annotate_fsdp1(module: nn.Module) -> dict[tuple[int, str], Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     for child in module.modules():
-        if isinstance(child, FSDP) and child._handle is not None:
-            _annotate(child)
-            flat = child._handle.flat_param
-            if child._handle._use_orig_params:
-                for (name, holder, _), parameter in zip(flat._param_infos, flat._params or (), strict=True):
-                    own[id(holder), name] = parameter
-                for info, parameter in zip(flat._shared_param_infos, flat._shared_params or (), strict=True):
-                    own[id(info[1]), info[0]] = parameter
+        if isinstance(child, FSDP) and (flat := flat_of(child)) is not None:
+            _annotate(child, flat)
+            own |= {(id(holder), name): parameter for holder, name, parameter in flat.places()}
     return own
 
 
-def _annotate(fsdp: Any) -> None:
-    handle, flat = fsdp._handle, fsdp._handle.flat_param
+def _annotate(fsdp: Any, flat: Flat) -> None:
     axis = Axis.along(fsdp.process_group, "process_group")
-    sharded = bool(handle.uses_sharded_strategy)
-    label = f"FSDP1 {fsdp.sharding_strategy.name}" + (f" over {axis.name}" if sharded else "")
-    home = _home(axis, getattr(fsdp, "_inter_node_pg", None))
-    shards = (axis,) if sharded and axis.size > 1 else ()
+    label = f"FSDP1 {fsdp.sharding_strategy.name}" + (f" over {axis.name}" if flat.sharded else "")
+    home = _home(axis, between_nodes(fsdp))
+    shards = (axis,) if flat.sharded and axis.size > 1 else ()
 
     def write(parameter: Tensor, shape: tuple[int, ...], units: int, stretches: tuple[Stretch, ...]) -> None:
         setattr(
@@ -57,31 +51,29 @@ def _annotate(fsdp: Any) -> None:
         )
 
     pieces, unit = [], 0
-    for i, shape in enumerate(flat._shapes):
+    for i, shape in enumerate(flat.shapes):
         units = shape[0] if len(shape) > 1 else 1
-        pieces.append((unit, units, _stretch(handle, i, tuple(shape), sharded)))
+        pieces.append((unit, units, _stretch(flat, i, shape)))
         unit += units
     whole = tuple(replace(s, unit=first + s.unit) for first, _, s in pieces if s is not None)
-    write(flat, tuple(flat._unpadded_unsharded_size), unit, whole)
-    if handle._use_orig_params:
-        for parameter, shape, (_, units, piece) in zip(flat._params, flat._shapes, pieces, strict=True):
+    write(flat.tensor, flat.whole, unit, whole)
+    if flat.keeps_originals:
+        for parameter, shape, (_, units, piece) in zip(flat.originals, flat.shapes, pieces, strict=True):
             # A parameter of its own begins where it begins; unsharded it even has its shape.
             own = () if piece is None else (replace(piece, start=0),)
-            write(parameter, tuple(shape), units, own)
+            write(parameter, shape, units, own)
 
 
-def _stretch(handle: Any, i: int, shape: tuple[int, ...], sharded: bool) -> Stretch | None:
+def _stretch(flat: Flat, i: int, shape: tuple[int, ...]) -> Stretch | None:
     """What this rank holds of the i-th parameter of a flat one, None for nothing."""
     row = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-    if sharded:
-        info = handle.flat_param._shard_param_infos[i]
-        if not info.in_shard:
+    if flat.sharded:
+        shard = flat.shard(i)
+        if shard is None:
             return None
-        start, count, begin = info.offset_in_shard, info.numel_in_shard, info.intra_param_start_idx
+        start, count, begin = shard
     else:
-        start, count, begin = sum(handle.flat_param._numels_with_padding[:i]), math.prod(shape), 0
-        if handle._use_orig_params:
-            start = 0
+        start, count, begin = 0 if flat.keeps_originals else flat.begin(i), math.prod(shape), 0
     return Stretch((row,), begin // row, begin % row, start, count) if row else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distclip.layout.parameters import NamedParameter
+from distclip.torch_private.optimizers import steps_in_backward
 
 # Attribute of a parameter that distclip.InBackward steps.
 STEPPED = "_distclip_in_backward"
@@ -16,8 +17,7 @@ def uses_optimizer_in_backward(parameters: Sequence[NamedParameter]) -> str | No
     Knows ``torch.distributed.optim._apply_optimizer_in_backward`` and ``distclip.InBackward``.
     """
     for parameter in parameters:
-        # torch leaves the (possibly empty) list in place for good.
-        if getattr(parameter.tensor, "_in_backward_optimizers", None) or hasattr(parameter.tensor, STEPPED):
+        if steps_in_backward(parameter.tensor) or hasattr(parameter.tensor, STEPPED):
             return parameter.name
     return None
 

@@ -10,8 +10,9 @@ from operator import add, le
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from distclip.torch_private.operators import FakeTensor
+from distclip.torch_private.tensors import storage_of
 from distclip.torch_private.writes import address
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +112,7 @@ def lie_apart(addresses: list[int], sizes: list[int]) -> bool:
 
 
 def _space_of(tensor: Tensor) -> Hashable:
-    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.device
+    return storage_of(tensor) if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def _begin_of(tensor: Tensor) -> int:

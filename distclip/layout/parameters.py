@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distclip.decide.parameter_info import ParameterInfo
 from distclip.layout.fsdp1 import annotate_fsdp1
 from distclip.layout.placement import whole_shape, whole_units
+from distclip.torch_private.modules import CHILDREN, WRAPPERS, children_of, parameters_of, wrapper_classes
 
 Parameters: TypeAlias = (
     nn.Module | torch.optim.Optimizer | Tensor | Iterable[Tensor | tuple[str, Tensor] | nn.Module]
@@ -118,29 +119,9 @@ def walk_modules(modules: Sequence[nn.Module]) -> Iterator[NamedParameter]:
         yield from _walk_module(f"modules[{i}].", module)
 
 
-# Where wrappers keep the user's module: the attribute, and the class that it is an attribute of, which does
-# not exist before its file has been imported. A user's own attribute may have the same name.
-_WRAPPERS = {
-    "module": (
-        ("torch.nn.parallel.distributed", "DistributedDataParallel"),
-        ("torch.nn.parallel.data_parallel", "DataParallel"),
-    ),
-    "_fsdp_wrapped_module": (
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
-    ),
-    "_orig_mod": (("torch._dynamo.eval_frame", "OptimizedModule"),),
-    "_checkpoint_wrapped_module": (
-        ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
-    ),
-}
-
-
 def _hides(module: nn.Module, child: str) -> bool:
     """Whether the name of this child is a wrapper's, and no part of the names in the user's module."""
-    if child not in _WRAPPERS:
-        return False
-    kinds = (getattr(sys.modules.get(file), kind, None) for file, kind in _WRAPPERS[child])
-    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
+    return child in WRAPPERS and isinstance(module, wrapper_classes(child, sys.modules))
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -156,7 +137,7 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         yield path, current
         children = [
             (path if _hides(current, name) else f"{path}{name}.", child)
-            for name, child in current._modules.items()
+            for name, child in children_of(current).items()
             if child is not None
         ]
         waiting.extend(reversed(children))
@@ -166,7 +147,7 @@ def _walk_module(prefix: str, module: nn.Module) -> Iterator[NamedParameter]:
     own = annotate_fsdp1(module)
     seen: set[int] = set()
     for path, current in named_modules(module, prefix):
-        held: dict[str, Any] = current._parameters
+        held: dict[str, Any] = parameters_of(current)
         if own:  # FSDP1 may have put views in their place: between a forward pass and its backward
             held = held | {n: p for n in held if (p := own.get((id(current), n))) is not None}
         for name, tensor in held.items():
@@ -189,7 +170,7 @@ def order_in_modules(tensors: Sequence[Tensor]) -> list[tuple[int, str]] | None:
         return None
     wanted = {id(t) for t in tensors}
     modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
-    inside = {id(child) for module in modules for child in module._modules.values()}
+    inside = {id(child) for module in modules for child in children_of(module).values()}
     for module in modules:
         if id(module) in inside:
             continue
@@ -213,11 +194,11 @@ class _GivenNames:
 
     def __call__(self, name: str, tensor: Tensor) -> str:
         parts = name.split(".")
-        if _WRAPPERS.keys().isdisjoint(parts):
+        if WRAPPERS.keys().isdisjoint(parts):
             return name
         if self._parts is None:
             self._parts = _parts_of_wrappers()
-        hidden = {i for i, part in enumerate(parts) if part in _WRAPPERS and part != "module"}
+        hidden = {i for i, part in enumerate(parts) if part in WRAPPERS and part != "module"}
         for end, is_hidden in self._parts.get(id(tensor), ()):
             if parts[-len(end) :] == end:
                 (hidden.add if is_hidden else hidden.discard)(len(parts) - len(end))
@@ -229,8 +210,8 @@ def _parts_of_wrappers() -> dict[int, list[tuple[list[str], bool]]]:
     whether it is a wrapper's (and not the user's). Found by the garbage collector."""
     found: dict[int, list[tuple[list[str], bool]]] = {}
     for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
-        for attribute in _WRAPPERS.keys() & vars(module).get("_modules", {}).keys():
-            is_hidden, child = _hides(module, attribute), module._modules[attribute]
+        for attribute in WRAPPERS.keys() & vars(module).get(CHILDREN, {}).keys():
+            is_hidden, child = _hides(module, attribute), children_of(module)[attribute]
             if child is None:
                 continue
             for name, tensor in child.named_parameters(remove_duplicate=False):

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
+
+from distclip.torch_private import dtensor, groups
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Axis:
             return Axis.of_mesh(given, 0)
         if not isinstance(given, dist.ProcessGroup):
             raise TypeError(f"{argument}={given!r}: expected a ProcessGroup or a 1-D DeviceMesh")
-        if given not in c10d._world.pg_map:
+        if not groups.is_living(given):
             raise ValueError(
                 f"{argument}= is a process group that has been destroyed: pass one that there is now"
             )
@@ -72,7 +72,7 @@ class Axis:
             ValueError: it has been destroyed.
         """
         group = self._group()
-        if group is None or group not in c10d._world.pg_map:
+        if group is None or not groups.is_living(group):
             raise ValueError(
                 f"the process group of {self.name} (named {self.group_name!r}) has been destroyed since it "
                 "was passed: declare(), and stages= or process_group= of a new Clipper, with one of those "
@@ -234,7 +234,7 @@ class PlacementReader:
         return base if declared is None else _with_declaration(name, base, declared)
 
     def _of_dtensor(self, name: str, parameter: DTensor) -> Placement:
-        spec = parameter._spec
+        spec = dtensor.spec(parameter)
         key = (id(spec.mesh), tuple(spec.placements))
         known = self._known.get(key)
         if known is None:
@@ -314,7 +314,7 @@ def resolve_group(name: str) -> dist.ProcessGroup:
         ValueError: it has been destroyed.
     """
     try:
-        return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in newer releases
+        return groups.resolve(name)
     except RuntimeError as error:
         raise ValueError(
             f"the process group named {name!r}, over which this is clipped, has been destroyed since: make a "

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from distclip.torch_private.modules import CHILDREN, PARAMETERS
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -62,4 +64,4 @@ def _search() -> None:
 
 def _held_by(module: nn.Module) -> list[dict[str, Tensor | nn.Module | None]]:
     attributes = vars(module)  # of a scripted module they are no dictionaries
-    return [d for key in ("_parameters", "_modules") if isinstance(d := attributes.get(key), dict)]
+    return [d for key in (PARAMETERS, CHILDREN) if isinstance(d := attributes.get(key), dict)]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.layout.placement import Axis, Home, Placement, distinct, resolve_group
+from distclip.torch_private import groups
 
 logger = logging.getLogger("distclip")
 
@@ -95,7 +95,7 @@ def find_scope(
         return _home_scope(homes, process_group, advise=True)
     axis = Axis.along(stages, "stages")
     if isinstance(stages, DeviceMesh):
-        homes = _distinct([*homes, Home.of_mesh(_root_of(stages))])
+        homes = _distinct([*homes, Home.of_mesh(groups.root_mesh(stages))])
     scope = _home_scope(homes, process_group, advise=False)
     if not set(axis.ranks) <= set(scope.ranks):
         # Homes of one stage alone: without a mesh in common, only the default group joins the stages.
@@ -136,7 +136,7 @@ def _home_scope(
         if advise:
             _advise_on_uncovered_axes(homes[0])
         return Scope(homes[0].ranks, homes[0].group_name)
-    roots = [home if home.mesh is None else Home.of_mesh(_root_of(home.mesh)) for home in homes]
+    roots = [home if home.mesh is None else Home.of_mesh(groups.root_mesh(home.mesh)) for home in homes]
     largest = max(roots, key=lambda home: len(home.ranks))
     if any(not set(home.ranks) <= set(largest.ranks) for home in homes):
         raise ValueError(
@@ -155,15 +155,6 @@ def _distinct(homes: Sequence[Home]) -> list[Home]:
         if known.group_name is None and home.group_name is not None:
             distinct[home.ranks] = home
     return list(distinct.values())
-
-
-def _root_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that ``mesh`` was sliced from, itself if from none."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    from torch.distributed.device_mesh import _mesh_resources  # torch < 2.8
-
-    return _mesh_resources.get_root_mesh(mesh)
 
 
 def _whole_world() -> Scope:
@@ -185,28 +176,19 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     # The registry of torch keeps the group, so that it dies with the process group it belongs to: a
     # reference of ours would outlive destroy_process_group().
     name = f"distclip:{hash(ranks):x}"
-    group: dist.ProcessGroup
-    for group in c10d._world.pg_map:
+    for group in groups.living():
         if group.group_desc == name and tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
             return group
     _made[ranks] += 1
-    world, naming = _world(), c10d._process_group_name
-    bound = world.bound_device_id
-    # torch would name it by how many groups this rank is in, which may be another number on each; and with a
-    # bound device have NCCL split it from the world, for which ranks that are not in it would have to call.
-    world.bound_device_id = None
-    c10d._process_group_name = lambda *_, **__: f"{name}:{_made[ranks]}"  # type: ignore[assignment]
-    try:
-        group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
-    finally:
-        world.bound_device_id, c10d._process_group_name = bound, naming
-    return group
+    with groups.named(f"{name}:{_made[ranks]}"):
+        made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+    return made
 
 
 def _advise_on_uncovered_axes(home: Home) -> None:
     if home.mesh is None or len(home.ranks) == 1:
         return
-    root = _root_of(home.mesh)
+    root = groups.root_mesh(home.mesh)
     if root.size() == home.mesh.size() or dist.get_rank() != 0:
         return
     logger.warning(  # and not warnings: one that is made an error would be raised on this rank alone
@@ -228,7 +210,7 @@ def message_device(
     own = next((t.device for t in tensors if not t.is_cpu), None)
     if group is None:
         return own or torch.device("cpu")
-    reachable = [d.type for d in group._device_types]
+    reachable = groups.device_kinds(group)
     if own is not None and own.type in reachable:
         return own
     elsewhere = [kind for kind in reachable if kind != "cpu"]

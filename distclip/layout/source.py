@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from operator import attrgetter, eq, is_, itemgetter
+from operator import attrgetter, eq, is_
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from distclip.layout.life import life_of
 from distclip.layout.parameters import Parameters, walk_modules
+from distclip.torch_private.modules import children_of, held_by, parameters_of
 
 _requires_grad = attrgetter("requires_grad")
 _gradient = attrgetter("grad")
-_held = itemgetter("_parameters", "_modules")
 
 
 class Witness(Protocol):
@@ -58,7 +58,7 @@ class _OfModules:
         inside = list({id(m): m for module in modules for m in module.modules()}.values())
         # Whoever loads a whole module into another's __dict__ puts other dictionaries there.
         self._attributes = list(map(vars, inside))
-        self._copies = [(dict(m._parameters), dict(m._modules)) for m in inside]
+        self._copies = [(dict(parameters_of(m)), dict(children_of(m))) for m in inside]
         # Where a module defines equality in a way of its own, `==` would not tell that it is another one.
         self._odd = any(type(m).__eq__ is not object.__eq__ for m in inside)
         self._tensors = [p.tensor for p in walk_modules(modules)]
@@ -75,7 +75,7 @@ class _OfModules:
             # One visit a module, as its memory is what takes the time. `==` of dictionaries asks first
             # whether both hold the same object, and asks tensors for equality only where they do not.
             with _OtherTensor():
-                return all(map(eq, map(_held, self._attributes), self._copies))
+                return all(map(eq, map(held_by, self._attributes), self._copies))
         except (_OtherTensorError, KeyError, RuntimeError):
             return False
 

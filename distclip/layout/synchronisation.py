@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip.layout.parameters import ddp_modules
 from distclip.layout.placement import MANAGED, Axis
+from distclip.torch_private import ddp, fsdp
 
 
 def wrappers(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -77,15 +78,16 @@ class Synchronisation:
         everyone = [*known, *_others(known, tensors)]
         held: Callable[[list[Any]], Iterable[Any]] = (lambda items: items) if keep else _Weak
         groups = [g for m in everyone if is_fsdp2(m) for g in _fsdp2_groups(m)]
+        members = [fsdp.members_of(group) for group in groups]
         self._wrappers = held(known)
         self._ddp = held([m for m in everyone if isinstance(m, DistributedDataParallel)])
         self._fsdp1 = held([m for m in known if is_fsdp1(m)])
         self._groups = held(groups)
         # One parameter that trains tells for its whole FSDP2 group.
         witnesses = [
-            next((p for p in group.fsdp_params if p.sharded_param.requires_grad), None) for group in groups
+            next((m for m in each if fsdp.sharded_parameter(m).requires_grad), None) for each in members
         ]
-        self._witnesses = held([p for p in witnesses if p is not None])
+        self._witnesses = held([m for m in witnesses if m is not None])
         self._own = {id(t) for t in tensors}
         # When, in the last backward pass that DDP synchronised, which gradient was there.
         self._synchronised: weakref.WeakKeyDictionary[DistributedDataParallel, list[int]]
@@ -116,22 +118,20 @@ class Synchronisation:
     def joins(self) -> bool:
         """Whether a rank that has run out of batches may be absent, as torch's ``Join`` lets it (and goes on
         doing after its ``with`` block, by what it leaves on DDP)."""
-        configs = [getattr(m, "_join_config", None) for m in self._ddp]
-        return any(c is not None and c.enable and not c.throw_on_early_termination for c in configs)
+        return any(map(ddp.lets_ranks_be_absent, self._ddp))
 
     def own_gradients(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """What this rank has accumulated of the gradients of ``tensors`` and, where they are synchronised at
         all, not synchronised yet, in tensors to be changed in place."""
-        sharded = [p for group in self._groups for p in group.fsdp_params]
-        elsewhere = {id(p.sharded_param) for p in sharded} | {
+        members = [member for group in self._groups for member in fsdp.members_of(group)]
+        elsewhere = {id(fsdp.sharded_parameter(member)) for member in members} | {
             id(t) for module in self._fsdp1 for t in module.parameters()
         }
         found = [t.grad for t in tensors if id(t) not in elsewhere]
-        for p in sharded:
-            unsharded = getattr(p, "_unsharded_param", None)
-            found += [None if unsharded is None else unsharded.grad, p.unsharded_accumulated_grad]
+        for member in members:
+            found += fsdp.unsharded_gradients(member)
         for module in self._fsdp1:
-            found += [h.flat_param.grad for h in _handles(module) if h.flat_param is not None]
+            found += fsdp.flat_gradients(module)
         return list({id(g): g for g in found if g is not None}.values())
 
     def was_off(self, tensors: Sequence[Tensor]) -> str | None:
@@ -146,13 +146,13 @@ class Synchronisation:
         """
         if self._ddp_was_off():
             return "DDP"
-        if any(map(_accumulated, self._witnesses)) or any(map(_holds_unsharded_gradient, self._witnesses)):
+        if any(map(fsdp.holds_unsharded_gradient, self._witnesses)):
             return "FSDP2"
-        if any(map(_partly_reduced, self._groups)):
+        if any(map(fsdp.is_partly_reduced, self._groups)):
             return "FSDP2"  # hybrid sharding, after set_requires_all_reduce(False)
         if any(t.grad is not None and t.grad.shape != t.shape for t in tensors):
             return "FSDP1"
-        if any(not m._sync_gradients for m in self._fsdp1):
+        if not all(map(fsdp.synchronises, self._fsdp1)):
             return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
 
@@ -164,26 +164,12 @@ class Synchronisation:
         """
         was_off = False
         for module in self._ddp:
-            times = module.reducer.get_backward_stats() if hasattr(module, "reducer") else []
+            times = ddp.backward_times(module)
             never = [] if any(time > 0 for time in times) else times
             before = self._synchronised.get(module, never)
             self._synchronised[module] = times
-            was_off = was_off or (not module.require_forward_param_sync and times == before)
+            was_off = was_off or (not ddp.synchronises(module) and times == before)
         return was_off
-
-
-def _handles(module: Any) -> Iterator[Any]:
-    for wrapped in module.fsdp_modules(module):
-        if wrapped._handle is not None:
-            yield wrapped._handle
-
-
-def _accumulated(parameter: Any) -> bool:
-    return parameter.unsharded_accumulated_grad is not None
-
-
-def _partly_reduced(group: Any) -> bool:
-    return getattr(group, "_partial_reduce_output", None) is not None
 
 
 def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Module]:
@@ -195,9 +181,7 @@ def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Mo
     found: list[nn.Module] = []
     sharded = [t for t in tensors if isinstance(t, DTensor) and id(t) not in covered]
     if sharded and "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed._composable_state import _module_state_mapping
-
-        for module in list(_module_state_mapping):
+        for module in fsdp.modules_with_state():
             if is_fsdp2(module) and any(id(p) in own for p in module.parameters()):
                 found.append(module)
     if any(
@@ -211,21 +195,11 @@ def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Mo
 
 def _averaged_by(module: DistributedDataParallel) -> Iterator[nn.Parameter]:
     """What DDP averages, and what has been put into its module since: that lives on the same ranks."""
-    yield from module._module_parameters
+    yield from ddp.averaged_parameters(module)
     yield from module.parameters()
 
 
 def _fsdp2_groups(module: nn.Module) -> Iterator[Any]:
     for child in module.modules():
         if is_fsdp2(child):
-            state: Any = child._get_fsdp_state
-            found = state()
-            if hasattr(found, "_fsdp_param_groups"):
-                yield from found._fsdp_param_groups
-            elif found._fsdp_param_group is not None:  # torch < 2.13
-                yield found._fsdp_param_group
-
-
-def _holds_unsharded_gradient(parameter: Any) -> bool:
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    return unsharded is not None and unsharded.grad is not None
+            yield from fsdp.groups_of(child)

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from distclip.layout.memory import MEASURABLE, Region, has_memory, lie_apart, overlapping
 from distclip.layout.placement import Placement
 from distclip.measure.reduction import as_dtensor, is_summed, settle_gradients, wait
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import LOCAL_TENSOR, SPEC
+from distclip.torch_private.operators import FakeTensor
+from distclip.torch_private.tensors import overlaps_itself, sparse_indices, sparse_values
 
 
 @dataclass(eq=False)
@@ -81,7 +83,7 @@ class _Collecting:
 
     def add(self, i: int, gradient: Tensor) -> None:
         parameter, name = self._parameters[i], self._plan.parameters[i].name
-        local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+        local = getattr(gradient, LOCAL_TENSOR) if isinstance(gradient, DTensor) else gradient
         arrived = local if type(local) is Tensor else _bare(local, name)
         _require_measurable(arrived, gradient, self._plan.placements[i], name)
         if arrived.numel() == 0:
@@ -99,7 +101,7 @@ class _Collecting:
             replacement = None if workable is local else _like(workable, parameter)
             elements = workable
             if workable.layout is torch.sparse_coo:
-                elements, self.rows[i] = workable._values(), workable._indices()[0]
+                elements, self.rows[i] = sparse_values(workable), sparse_indices(workable)[0]
             if elements.numel() == 0:
                 return
             self._seen[identity] = replacement
@@ -122,7 +124,7 @@ class _Collecting:
         return local, region
 
     def _of_sparse(self, i: int, local: Tensor) -> tuple[Tensor, Hashable]:
-        values, indices = local._values(), local._indices()
+        values, indices = sparse_values(local), sparse_indices(local)
         if not values.numel():
             return local, id(local)
         if not local.sparse_dim():
@@ -168,7 +170,10 @@ def _unsettled(plan: Plan, parameters: Sequence[Tensor]) -> bool:
                 return True
         elif placement.mesh is not None:
             gradient = parameter.grad
-            if isinstance(gradient, DTensor) and gradient._spec.placements != placement.torch_placements:
+            if (
+                isinstance(gradient, DTensor)
+                and getattr(gradient, SPEC).placements != placement.torch_placements
+            ):
                 return True
     return False
 
@@ -232,7 +237,7 @@ def _require_measurable(local: Tensor, gradient: Tensor, placement: Placement, n
 
 def _sparse_like(sparse: Tensor, values: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(
-        sparse._indices(),
+        sparse_indices(sparse),
         values,
         sparse.shape,
         dtype=values.dtype,
@@ -248,7 +253,7 @@ def _traced(local: Tensor) -> Tensor:
     if local.is_contiguous():
         return local
     resolved = local.resolve_conj().resolve_neg()
-    return resolved.contiguous() if torch._debug_has_internal_overlap(resolved) == 1 else resolved
+    return resolved.contiguous() if overlaps_itself(resolved) else resolved
 
 
 def _like(local: Tensor, parameter: Tensor) -> Tensor:

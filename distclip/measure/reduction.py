@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as funcol
 from torch.distributed.tensor import DTensor, Replicate
 
 from distclip.decide.transfer import on_device
 from distclip.layout.placement import SUMMED, Axis, Placement, resolve_group
 from distclip.planning.news import AskedOtherwise, OutdatedPlan
 from distclip.planning.plan import Plan
+from distclip.torch_private import dtensor
+from distclip.torch_private.groups import by_name
 
 
 class News(NamedTuple):
@@ -61,7 +62,7 @@ def reduce_message(
             message = torch.full_like(message, math.inf if largest else math.nan)
         message = torch.cat([message.flatten(), _told(news, largest, message)])
     if torch.compiler.is_compiling():  # which knows groups by name only
-        message = funcol.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
+        message = by_name.all_reduce(message, "max" if largest else "sum", group_name)  # type: ignore[arg-type]
     else:
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         dist.all_reduce(message, op=operation, group=resolve_group(group_name))
@@ -213,8 +214,7 @@ def plain(value: Tensor | float) -> Tensor | float:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def local_of(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+local_of = dtensor.local
 
 
 def is_offloaded(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from distclip.layout.memory import MEASURABLE, lie_apart
 from distclip.layout.placement import distinct
 from distclip.measure.gradients import Bucket, Gradients, collect
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import local_tensor, spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,6 @@ class _Layout:
 # Everything per gradient is a loop inside Python's C code: with 720 of them that is half of the time. The
 # flag of lazy negation is not looked at where nothing is complex: it changes neither norms nor multiples.
 _gradient = attrgetter("grad")
-_local = attrgetter("_local_tensor")
-_spec = attrgetter("_spec")
 _dtype = attrgetter("dtype")
 _device = attrgetter("device")
 _storage_layout = attrgetter("layout")
@@ -126,7 +125,7 @@ class Collector:
         placements = self._plan.placements
         for n, is_sharded in enumerate(map(isinstance, locals_, repeat(DTensor))):
             if is_sharded:
-                specs[n], locals_[n] = locals_[n]._spec, locals_[n]._local_tensor
+                specs[n], locals_[n] = spec(locals_[n]), local_tensor(locals_[n])
                 if specs[n].placements != placements[present[n]].torch_placements:
                     return None, None
             elif placements[present[n]].mesh is not None:
@@ -244,16 +243,16 @@ def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None
         found = members if len(layout.sharded) == len(members) else [members[i] for i in layout.sharded]
         if not all(map(isinstance, found, repeat(DTensor))):
             return None
-        if not all(map(is_, map(_spec, found), layout.specs)) and any(
+        if not all(map(is_, map(spec, found), layout.specs)) and any(
             here.placements != spec.placements
-            for here, spec in zip(map(_spec, found), layout.specs, strict=True)
+            for here, spec in zip(map(spec, found), layout.specs, strict=True)
         ):
             return None
         if found is members:
-            members = list(map(_local, members))
+            members = list(map(local_tensor, members))
         else:
             for i in layout.sharded:
-                members[i] = members[i]._local_tensor
+                members[i] = local_tensor(members[i])
     if set(map(type, members)) - {Tensor}:
         return None
     if list(map(_dtype, members)) != layout.dtypes or not all(map(Tensor.is_contiguous, members)):

@@ -16,7 +16,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distclip import kernels
 from distclip.decide.norms import regroup
@@ -25,6 +24,7 @@ from distclip.layout.placement import MANAGED, Declaration, Placement, Stretch
 from distclip.measure.gradients import Bucket, Gradients
 from distclip.measure.reduction import News, local_of, reduce_message
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import offsets
 
 # float32 sums over longer rows lose digits, as do those of squares below this (see _kernels.foreach).
 _LONG_ROW = 512
@@ -142,10 +142,7 @@ def _stretches(name: str, parameter: Tensor, placement: Placement) -> tuple[Stre
     if parameter.dim() <= 1:
         return (Stretch(None, 0),)
     if isinstance(parameter, DTensor):
-        _, offsets = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        return (Stretch((), offsets[0]),)
+        return (Stretch((), offsets(parameter)[0]),)
     if placement.shards:
         raise ValueError(
             f"{name} is {placement.label}, which does not say along which dim: unit-wise clipping cannot "

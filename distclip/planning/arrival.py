@@ -13,14 +13,12 @@ import math
 import time
 import weakref
 from collections.abc import Sequence
-from datetime import timedelta
 
-import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from distclip.errors import OwnershipError, SettingsError
 from distclip.layout.placement import resolve_group
+from distclip.torch_private import groups
 
 logger = logging.getLogger("distclip")
 
@@ -56,7 +54,7 @@ def meet(group: dist.ProcessGroup, names: Sequence[str], call: int = 0) -> None:
     number = meetings.get(place, 0)
     room = f"distclip/{place}/{number}"
     try:
-        store = c10d._get_default_store()
+        store = groups.default_store()
         alike = store.add(f"{room}/of {group.group_name}", 1) if whole else group.size()
         here = store.add(f"{room}/count", 1)
         store.set(f"{room}/{dist.get_rank()}", "here")
@@ -93,7 +91,7 @@ def leave_word(group: dist.ProcessGroup, call: int, why: str) -> None:
     place = _place_of(group)
     room = f"distclip/{place}/{_meetings_of_world().get(place, 0)}"
     with contextlib.suppress(RuntimeError, NotImplementedError):
-        c10d._get_default_store().set(f"{room}/word/{call}", _raised(why))
+        groups.default_store().set(f"{room}/word/{call}", _raised(why))
 
 
 def _raised(why: str) -> str:
@@ -115,7 +113,7 @@ def _wait(store: dist.Store, room: str, group: dist.ProcessGroup, names: Sequenc
         OwnershipError: as :func:`meet`; others who wait here are told why this one has not stayed.
     """
     began = time.monotonic()
-    limit = _timeout_of(group)
+    limit = groups.timeout_of(group)
     said_at, look_at = min(PATIENCE, limit / 2), _FIRST_LOOK
     me = f"distclip/waits/{dist.get_rank()}"
     words = {f"{room}/word/{call}": ""} if call else {}
@@ -216,13 +214,3 @@ def _sentence(waited: float, missing: Sequence[int], names: Sequence[str]) -> st
         "this rank alone, or those ranks train another model: then pass process_group= with the ranks of "
         "this one."
     )
-
-
-def _timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds that a collective of the group waits."""
-    try:
-        device = group._device_types[0]
-        limit: timedelta = group._get_backend(torch.device(device)).options._timeout
-        return limit.total_seconds()
-    except (RuntimeError, AttributeError, IndexError):
-        return c10d.default_pg_timeout.total_seconds()

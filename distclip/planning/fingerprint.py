@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from distclip.torch_private.dtensor import local as local_of
 
 _SAMPLES = 256  # elements of a tensor that enter its fingerprint
 _TOGETHER = 1024  # tensors of one size
@@ -33,7 +34,7 @@ def fingerprints(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     samples: list[Tensor] = []
     alike: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}  # few operators serve many tensors
     for i, tensor in enumerate(tensors):
-        local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+        local = local_of(tensor).detach()
         if local.is_complex():
             local = torch.view_as_real(local.resolve_conj())
         flat = local.reshape(-1)

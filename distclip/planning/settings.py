@@ -17,6 +17,7 @@ from torch import nn
 
 from distclip.strategies._base import Strategy
 from distclip.strategies._threshold import Threshold
+from distclip.torch_private.modules import transient_buffers
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype)
 _OF_MODULES = frozenset(vars(nn.Module()))  # what every module has
@@ -61,7 +62,7 @@ def _words_of_module(module: nn.Module, depth: int) -> list[str]:
     words += [
         f"{name}={_values(buffer)}"
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set and name.startswith("_")  # a setting, not state
+        if name in transient_buffers(module) and name.startswith("_")  # a setting, not state
     ]
     return words
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from distclip.torch_private.operators import TorchDispatchMode
 
 _INDEX = torch.ops.aten.index.Tensor
 _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

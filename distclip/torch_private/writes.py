@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What torch does not promise: all that distclip knows of copy-on-write is in this file.
+# All that distclip knows of copy-on-write is in this file. Where a release lacks any of it, nothing can be
+# proven (AVAILABLE), and version counters have to do.
 _lazy_clone: Any = getattr(torch, "_lazy_clone", None)
 is_marked: Any = getattr(torch._C, "_is_cow_tensor", None)
 # Where its memory begins, without taking the mark away, as ``data_ptr()`` does.

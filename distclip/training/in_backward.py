@@ -31,6 +31,7 @@ from distclip.planning.plan import build_plan
 from distclip.strategies.global_norm import GlobalNorm
 from distclip.strategies.per_parameter import PerParameter
 from distclip.strategies.value import Value
+from distclip.torch_private.ddp import averaged_parameters
 
 InBackwardStrategy = GlobalNorm | PerParameter | Value
 
@@ -133,7 +134,7 @@ class InBackward:
         self._begin()
 
         index = {id(p.tensor): i for i, p in enumerate(own)}
-        by_bucket = {id(p) for module in synchronised for p in module._module_parameters}
+        by_bucket = {id(p) for module in synchronised for p in averaged_parameters(module)}
         removers: list[Callable[[], None]] = [
             after_averaging(module, partial(self._step_bucket, index)).remove for module in synchronised
         ]

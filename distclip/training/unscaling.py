@@ -10,6 +10,7 @@ from distclip.apply.loss_scale import LossScale, record
 from distclip.apply.optimizer_step import require_covered
 from distclip.clipper import Clipper, clipping_of
 from distclip.measure.gradients import collect
+from distclip.torch_private.grad_scaler import states
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
     clipping = clipping_of(clipper)
     plan = clipping.begin(scaler)
     require_covered([optimizer], clipping.tensors)
-    _ = scaler._per_optimizer_states[id(optimizer)]  # where clipper.step() has just used them, this says so
+    _ = states(scaler)[id(optimizer)]  # where clipper.step() has just used them, this says so
     loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
     if loss_scale.scaler is None:
         return

@@ -183,7 +183,7 @@ def test_foreach_on_cuda_rounds_once(dtype: torch.dtype, monkeypatch: pytest.Mon
     """What it does there, done here; tests/gpu/test_triton.py sees that it does."""
     monkeypatch.setattr(foreach, "_narrow_on_cuda", lambda tensor: True)
     called: Counter[str] = Counter()
-    monkeypatch.setattr(torch, "_foreach_mul_", lambda *a: called.update(["foreach"]))
+    monkeypatch.setattr(foreach, "foreach_mul_", lambda *a: called.update(["foreach"]))
     tensors = [torch.randn(shape).to(dtype) for shape in ((1000,), (), (3, 4))]
     c = torch.tensor(0.34567)
     once = [(t.float() * c).to(dtype) for t in tensors]
