@@ -297,7 +297,8 @@ class Clipper:
             ...     print(clipper.find_nonfinite())
             {'layers.3.weight': (2,)}
         """
-        return nonfinite_ranks(self.plan, self._clipping.tensors)
+        plan = self.plan
+        return nonfinite_ranks(plan, self._clipping.tensors, plan.scope.group())
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to continue the same sequence: the strategy's state, its name and settings,

@@ -14,15 +14,16 @@ from distclip.planning.plan import Plan
 _NAMED = 5  # parameters in a message
 
 
-def nonfinite_ranks(plan: Plan, tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """The ranks that hold NaN or infinite elements of a gradient, by the name of its parameter.
+def nonfinite_ranks(
+    plan: Plan, tensors: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of ``group`` that hold NaN or infinite elements of a gradient, by the name of its parameter.
 
-    Every rank in scope calls it, or none.
+    Each of them calls it, or none. ``group``: None asks no other rank.
     """
     gradients = [tensors[i].grad for i in plan.positions]
     mine = [row for row, g in zip(plan.rows, gradients, strict=True) if g is not None and not _is_finite(g)]
-    group = plan.scope.group()
-    rank = plan.scope.ranks[0] if group is None else dist.get_rank()
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     everyone = [(rank, mine)]
     if group is not None:
         everyone *= group.size()

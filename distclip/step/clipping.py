@@ -235,7 +235,10 @@ class Clipping:
         try:
             outcome = resolve(strategy.decide(norms), norms, policy, factor)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {say_where(nonfinite_ranks(plan, parameters.tensors))}") from None
+            # All have it to whom the step's message went. Of others nothing is known: something else may keep
+            # them from this step, or copies may be finite there.
+            where = nonfinite_ranks(plan, parameters.tensors, plan.group)
+            raise NonFiniteError(f"{error}; {say_where(where)}") from None
         if by_parameter is not None:
             report = replace(
                 outcome.report, _parameter_norms=by_parameter.reported_slots, _parameter_names=plan.names

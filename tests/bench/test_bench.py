@@ -138,7 +138,7 @@ def test_scaling_counts() -> None:
     few, many = cost((4, 2), 40), cost((2048, 8), 40)
     assert (few.ranks, many.ranks) == (8, 16_384)
     for c in (few, many):
-        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 48, 336)
+        assert (c.step_collectives, c.step_bytes, c.per_parameter_bytes) == (1, 48, 360)
         assert c.plan_collectives == few.plan_collectives <= 3
         assert c.plan_bytes == few.plan_bytes
     assert "| 8 | 20 |" in study(worlds=((4, 2),), counts=(20,))

@@ -18,7 +18,7 @@ def test_no_step_waits_for_the_device() -> None:
     wrong = {
         # The coefficient comes to where they are: where that is waited for, it is looked at first.
         "control: gradients on the CPU": "return bool(changed.item())",
-        "control: some on the CPU": "_to_copy.default in _apply.py",
+        "control: some on the CPU": "_to_copy.default in change.py",
         "control: a value is read": "_local_scalar_dense",
         "control: a copy to the device": "_to_copy",
         "control: devices mixed": "two devices",

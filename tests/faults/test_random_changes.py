@@ -95,7 +95,7 @@ class Oracle:
         self.seen: list[float] = []
         self.average: dict[tuple[str, int], float] = {}
         self.steps = 0
-        self.is_lost = False
+        self.is_lost = self.is_planned_anew = False
 
     def strategy(self, *, odd: bool = False) -> distclip.Strategy:
         b, p = self.bound * (2 if odd else 1), self.p
@@ -150,6 +150,8 @@ class Oracle:
         return dict.fromkeys(norms, c)
 
     def _adagc(self, norms: dict[tuple[str, int], float], total: float) -> dict[tuple[str, int], float]:
+        if self.is_planned_anew:  # what does not train then is dropped
+            self.average = {name: average for name, average in self.average.items() if name in norms}
         together, warming = _scale(total, self.bound), self.steps < self.warmup
         coefficients = {}
         for name, n in norms.items():
@@ -399,6 +401,7 @@ class Round:
             blurred = True
         step = Step(self._expected(mates, unsynchronised), blurred=blurred)
         is_changed_alike = all(m[1] or m[5] for m in mates)
+        oracle.is_planned_anew = is_changed_alike
         reported: Any = None
         try:
             norm, reported = self._clip(listed)
@@ -584,17 +587,18 @@ def _join(parts: list[dict[Key, tuple[float, float]]]) -> tuple[dict[Key, tuple[
 @on_ranks(SIZE)
 def _rounds(rank: int, seeds: list[int], directory: str) -> list[Played]:
     from distclip.planning import arrival
+    from distclip.torch_private import groups
 
-    at_most, patience = arrival._timeout_of, arrival.PATIENCE
+    at_most, patience = groups.timeout_of, arrival.PATIENCE
     torch.autograd.set_multithreading_enabled(False)
     note = Path(directory, str(rank))
     found: list[Played] = []
     for seed in seeds:
         turn = Round(seed, note)
         if turn.alone:
-            arrival._timeout_of, arrival.PATIENCE = lambda group: GIVES_UP, GIVES_UP / 2
+            groups.timeout_of, arrival.PATIENCE = lambda group: GIVES_UP, GIVES_UP / 2
         played = turn.play()
-        arrival._timeout_of, arrival.PATIENCE = at_most, patience
+        groups.timeout_of, arrival.PATIENCE = at_most, patience
         found.append(played)
         del turn
         gc.collect()

@@ -141,7 +141,7 @@ def test_within_a_room_of_the_core_nothing_is_hidden(name: str) -> None:
 
 def test_strategies_see_norms_and_decisions_only() -> None:
     for m in in_room("strategies"):
-        assert {room(i) for i in own_imports(m)} <= {"decide", "strategies"}, m
+        assert {room(i) for i in own_imports(m)} <= {"decide", "strategies", "torch_private"}, m
         assert not [i for i in imports(m) if i.startswith("torch.distributed")], m
 
 
@@ -160,6 +160,8 @@ def test_who_talks_to_other_ranks() -> None:
     core = [m for m in trees() if room(m) in CORE | {"functional", "clipper", "hooks", "ownership"}]
     talking = {m.removeprefix("distclip.") for m in core if mentions_collectives(m)}
     every_step = {"measure.reduction"}
-    planning = {"planning.agreement", "planning.ownership", "layout.scope"}
+    planning = {f"planning.{m}" for m in ("agreement", "comparison", "evidence", "ownership")} | {
+        "layout.scope"
+    }
     on_request = {"inspection.description", "inspection.diagnosis", "inspection.verification"}
     assert talking - on_request == every_step | planning
