@@ -2,7 +2,7 @@
 # Run the test-suite; arguments go to pytest.
 #
 #   launch/test.sh
-#   launch/test.sh tests/unit -k norm
+#   launch/test.sh tests/layout -k norm
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

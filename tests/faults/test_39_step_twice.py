@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from tests.harness import on_ranks
-from tests.training.spread import built, loss_of, model
+from tests.step.spread import built, loss_of, model
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, 0.1),

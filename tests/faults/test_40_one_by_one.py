@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from tests import oracle
 from tests.harness import on_row
-from tests.training.spread import ROWS, Spread, built, loss_of, model, single
+from tests.step.spread import ROWS, Spread, built, loss_of, model, single
 
 MAX_NORM = 0.5
 

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 import distclip
 from tests import oracle
 from tests.harness import on_ranks
-from tests.training.spread import OPTIMIZERS, built, kind, loss_of, model
+from tests.step.spread import OPTIMIZERS, built, kind, loss_of, model
 
 SCALE = 1024.0
 

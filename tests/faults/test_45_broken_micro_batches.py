@@ -16,7 +16,7 @@ from torch import Tensor
 import distclip
 from tests import oracle
 from tests.harness import on_ranks, on_row
-from tests.training.spread import ROWS, Spread, batch, built, loss_of, model
+from tests.step.spread import ROWS, Spread, batch, built, loss_of, model
 
 STEPS = 4
 

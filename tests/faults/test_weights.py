@@ -18,7 +18,7 @@ import distclip
 from tests import oracle
 from tests.counting import compares
 from tests.harness import on_row
-from tests.training.spread import OPTIMIZERS, ROWS, SCALERS, Spread, batch, built, loss_of, model, single
+from tests.step.spread import OPTIMIZERS, ROWS, SCALERS, Spread, batch, built, loss_of, model, single
 
 ROWS_OF_WEIGHTS = {name: row for name, row in ROWS.items() if name != "pipeline"}
 MAX_NORM = 0.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.passes import CLIPS, DOES_NOT, Cost, cost_of, count_bytes, table
+from tests.step.passes import CLIPS, DOES_NOT, Cost, cost_of, count_bytes, table
 
 # (reads, writes) beside the fused optimizer, and host syncs. In place, the one sync is the free look at a CPU
 # tensor, whether there is anything to multiply at all.

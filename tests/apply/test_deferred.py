@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import distclip
 from tests.counting import count_host_syncs
 from tests.harness import on_row
-from tests.training.passes import count_bytes
-from tests.training.spread import (
+from tests.step.passes import count_bytes
+from tests.step.spread import (
     DEFERRING,
     OPTIMIZERS,
     ROWS,

@@ -1,6 +1,6 @@
 """What a step moves, counted: passes over the gradients, by bytes, and host syncs.
 
-python -m tests.training.passes      # distclip beside torch's own sequence
+python -m tests.step.passes      # distclip beside torch's own sequence
 """
 
 from __future__ import annotations

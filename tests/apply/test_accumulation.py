@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from tests import oracle
 from tests.harness import on_ranks, on_row
-from tests.training.spread import (
+from tests.step.spread import (
     OPTIMIZERS,
     ROWS,
     SCALERS,

@@ -20,8 +20,8 @@ import distclip
 from distclip import kernels
 from distclip.measure import overlap
 from tests import oracle
-from tests.distributed.test_laws import bits, local
 from tests.harness import on_ranks, on_row
+from tests.laws.test_placements import bits, local
 from tests.layouts import LAYOUTS, mesh2
 
 # Where each gradient that is final is seen to be so, and where none is.

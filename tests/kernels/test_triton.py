@@ -27,7 +27,7 @@ TABLES = {"addresses": "*i64", "owners": "*i32", "starts": "*i64", "counts": "*i
 
 def test_in_the_interpreter() -> None:
     """Of its own process: TRITON_INTERPRET has to be set before Triton is imported."""
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/triton_interpreted.py")
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_interpreted.py")
     done = python(*command, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
     assert re.search(r"^\d\d+ passed in ", done.stdout, re.MULTILINE), done.stdout
 

@@ -17,7 +17,7 @@ import distclip
 from distclip.inspection.diagnosis import say_where
 from tests.harness import on_ranks, on_row
 from tests.layouts import mesh1
-from tests.training.spread import (
+from tests.step.spread import (
     DEFERRING,
     OPTIMIZERS,
     ROWS,

@@ -13,9 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from tests.counting import compares, count_host_syncs
-from tests.distributed.test_laws import _assert_equal_with_nan as assert_equal_with_nan
-from tests.distributed.test_laws import bits, local, tolerance
 from tests.harness import on_row
+from tests.laws.test_placements import _assert_equal_with_nan as assert_equal_with_nan
+from tests.laws.test_placements import bits, local, tolerance
 from tests.layouts import LAYOUTS, Case
 
 SCALES = (1.0, 1.1, 0.9, math.nan, 1.0, 30.0, 1.2)  # of the gradients of each step

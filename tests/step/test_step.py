@@ -22,7 +22,7 @@ from tests import oracle
 from tests.counting import compares
 from tests.harness import on_ranks, on_row
 from tests.layouts import mesh1, mesh2
-from tests.training.spread import (
+from tests.step.spread import (
     OPTIMIZERS,
     ROWS,
     SCALERS,

@@ -1,4 +1,4 @@
-"""``test_table`` as a table: python -m tests.training.show"""
+"""``test_table`` as a table: python -m tests.step.show"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from itertools import product
 from typing import Any
 
 from tests.harness import Job, pool
-from tests.training import test_table
-from tests.training.spread import ROWS, SCALERS
+from tests.step import test_table
+from tests.step.spread import ROWS, SCALERS
 
 Cell = tuple[list[test_table.Step], float]
 

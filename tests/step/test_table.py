@@ -1,5 +1,5 @@
 """Every scaler x every parallelism x every way to apply x everything that goes wrong: all ranks decide alike,
-and train what one process trains. ``python -m tests.training.show`` prints the table."""
+and train what one process trains. ``python -m tests.step.show`` prints the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from tests.counting import compares
 from tests.harness import on_row
-from tests.training.spread import OPTIMIZERS, ROWS, SCALERS, built, kind, seeds, trained_alone, unchanged
+from tests.step.spread import OPTIMIZERS, ROWS, SCALERS, built, kind, seeds, trained_alone, unchanged
 
 STEPS = (None, None, math.inf, None, math.nan, None, None, None)
 MAX_NORM = 2.0
