@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distclip.torch_private.autograd import version
-from distclip.torch_private.dtensor import local
+from distclip.torch_private.dtensor import local_of
 from distclip.torch_private.optimizers import has_step_hooks
 
 _MOST_WATCHED = 256
@@ -54,14 +54,14 @@ class Used:
         self.any = self._first is not None
         first = None if self._first is None else gradients[self._first]
         # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
-        self._witness = None if first is None else weakref.ref(local(first))
+        self._witness = None if first is None else weakref.ref(local_of(first))
         self._versions = _versions(gradients)
 
     def unchanged(self) -> bool:
         """Whether they are still those. (Not seen: CUDA graphs and ``.data``, which leave no version.)"""
         if self._first is not None and self._witness is not None:
             gradient = self._parameters[self._first].grad
-            if gradient is None or self._witness() is not local(gradient):
+            if gradient is None or self._witness() is not local_of(gradient):
                 return False
         now = _versions(list(map(_gradient, self._parameters)))
         return now is not None and now == self._versions
@@ -69,7 +69,7 @@ class Used:
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int] | None:
     try:
-        return [-1 if g is None else version(local(g)) for g in gradients]
+        return [-1 if g is None else version(local_of(g)) for g in gradients]
     except RuntimeError:  # inference tensors have none
         return None
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.bench.shapes import Shape, Shapes
-from distclip.torch_private.dtensor import local
+from distclip.torch_private.dtensor import local_of
 
 
 class Layer(nn.Module):
@@ -54,7 +54,7 @@ class Model:
         for parameter in self.parameters:
             gradient: Any = parameter.grad
             if gradient is not None:
-                found.append(local(gradient))
+                found.append(local_of(gradient))
         return found
 
     def fill(self) -> None:

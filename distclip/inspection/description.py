@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip._terminal import shown
 from distclip.planning.plan import Plan
-from distclip.torch_private.dtensor import local as local_of
+from distclip.torch_private.dtensor import local_of
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.measure.reduction import local_of, wait
+from distclip.measure.reduction import wait
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import local_of
 
 _NAMED = 5  # parameters in a message
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from distclip.errors import OwnershipError
 from distclip.layout.placement import Placement
-from distclip.measure.reduction import local_of, wait
+from distclip.measure.reduction import wait
 from distclip.planning.plan import Plan
+from distclip.torch_private.dtensor import local_of
 
 
 @dataclass(frozen=True)

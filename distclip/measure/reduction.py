@@ -17,7 +17,7 @@ from distclip.decide.transfer import on_device
 from distclip.layout.placement import SUMMED, Axis, Placement, resolve_group
 from distclip.planning.news import AskedOtherwise, OutdatedPlan
 from distclip.planning.plan import Plan
-from distclip.torch_private import dtensor
+from distclip.torch_private.dtensor import local_of as local_of  # measure/overlap.py has it from here
 from distclip.torch_private.groups import by_name
 
 
@@ -212,9 +212,6 @@ def summed(gradient: Tensor) -> Tensor:
 def plain(value: Tensor | float) -> Tensor | float:
     """A number that may be a DTensor, as this rank can read it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-local_of = dtensor.local
 
 
 def is_offloaded(tensor: Tensor) -> bool:

@@ -244,8 +244,8 @@ def _lie_as_before(layout: _Layout, gradients: list[Any]) -> list[Tensor] | None
         if not all(map(isinstance, found, repeat(DTensor))):
             return None
         if not all(map(is_, map(spec, found), layout.specs)) and any(
-            here.placements != spec.placements
-            for here, spec in zip(map(spec, found), layout.specs, strict=True)
+            here.placements != before.placements
+            for here, before in zip(map(spec, found), layout.specs, strict=True)
         ):
             return None
         if found is members:

@@ -22,9 +22,9 @@ from distclip.decide.norms import regroup
 from distclip.layout.memory import is_bare
 from distclip.layout.placement import MANAGED, Declaration, Placement, Stretch
 from distclip.measure.gradients import Bucket, Gradients
-from distclip.measure.reduction import News, local_of, reduce_message
+from distclip.measure.reduction import News, reduce_message
 from distclip.planning.plan import Plan
-from distclip.torch_private.dtensor import offsets
+from distclip.torch_private.dtensor import local_of, offsets
 
 # float32 sums over longer rows lose digits, as do those of squares below this (see _kernels.foreach).
 _LONG_ROW = 512

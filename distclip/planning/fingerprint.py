@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distclip.torch_private.dtensor import local as local_of
+from distclip.torch_private.dtensor import local_of
 
 _SAMPLES = 256  # elements of a tensor that enter its fingerprint
 _TOGETHER = 1024  # tensors of one size

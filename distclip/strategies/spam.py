@@ -11,7 +11,7 @@ from torch import Tensor
 from distclip.decide.decision import Clamp, Decision
 from distclip.decide.norms import Norms
 from distclip.strategies._base import Strategy, require_bound
-from distclip.torch_private.dtensor import local
+from distclip.torch_private.dtensor import local_of
 
 
 class SPAM(Strategy):
@@ -65,7 +65,7 @@ class SPAM(Strategy):
                 f"{type(optimizer).__name__} keeps no exp_avg_sq, which SPAM needs: use Adam or AdamW"
             )
         moment: Tensor = state["exp_avg_sq"]
-        return local(moment).sqrt()
+        return local_of(moment).sqrt()
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"

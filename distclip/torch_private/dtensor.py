@@ -23,14 +23,13 @@ spec = attrgetter(SPEC)
 In 2.6 already."""
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_of(tensor: Tensor) -> Tensor:
     """Of any tensor what this rank holds of it: the tensor itself, where it is no DTensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def offsets(tensor: DTensor) -> Sequence[int]:
-    """By dim, where in the whole tensor this rank's piece begins. In 2.6 already, under this name and in this
-    file since 2.5."""
+    """By dim, where in the whole tensor this rank's piece begins. In 2.6 already."""
     of: Any = compute_local_shape_and_global_offset
     _, begins = of(tensor.shape, tensor.device_mesh, tensor.placements)
     found: Sequence[int] = begins

@@ -17,7 +17,7 @@ class Flat:
 
     Attributes:
         tensor: the flat parameter, of which this rank may hold a part.
-        whole: the shape of all of it, without padding.
+        whole: the shape of all of it, without what fills it up to a multiple of the ranks.
         shapes: of the originals, in order.
         sharded: whether ranks hold different parts of it.
         keeps_originals: whether the originals are parameters of the module (``use_orig_params=True``).

@@ -38,11 +38,8 @@ def is_living(group: dist.ProcessGroup) -> bool:
 
 
 def default_store() -> dist.Store:
-    """The store through which the ranks of the default group have met. In 2.6 already.
-
-    Raises:
-        RuntimeError: there is none.
-    """
+    """The store through which the ranks of the default group have met; ValueError where there is no such
+    group. In 2.6 already."""
     return c10d._get_default_store()
 
 

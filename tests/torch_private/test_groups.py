@@ -97,6 +97,11 @@ def test_root_mesh(rank: int) -> None:
     assert groups.root_mesh(mesh) == mesh
 
 
+def test_default_store_of_none() -> None:
+    with pytest.raises(ValueError, match="not been initialized"):
+        groups.default_store()
+
+
 def test_fake_store() -> None:
     assert not dist.is_initialized()
     dist.init_process_group("fake", store=groups.fake_store(), rank=0, world_size=4096)

@@ -33,14 +33,14 @@ def backward(model: Any) -> None:
 
 
 @on_ranks(2)
-def test_local_tensor_and_local(rank: int) -> None:
+def test_local_tensor_and_local_of(rank: int) -> None:
     whole = torch.arange(6.0).view(3, 2)
     t = distribute_tensor(whole, mesh1(2), [Shard(0)])
     piece = whole[:2] if rank == 0 else whole[2:]
     assert type(dtensor.local_tensor(t)) is Tensor
     assert torch.equal(dtensor.local_tensor(t), piece)
-    assert dtensor.local(t) is dtensor.local_tensor(t) is next(map(dtensor.local_tensor, [t]))
-    assert dtensor.local(whole) is whole
+    assert dtensor.local_of(t) is dtensor.local_tensor(t) is next(map(dtensor.local_tensor, [t]))
+    assert dtensor.local_of(whole) is whole
 
 
 @on_ranks(2)
@@ -61,7 +61,7 @@ def test_offsets(rank: int) -> None:
 def test_dtensors_are_traced(rank: int) -> None:
     def read(t: DTensor) -> Tensor:
         mine: Tensor = getattr(t, dtensor.LOCAL_TENSOR)
-        return mine * len(getattr(t, dtensor.SPEC).placements) + dtensor.local(t) * 2
+        return mine * len(getattr(t, dtensor.SPEC).placements) + dtensor.local_of(t) * 2
 
     t = DTensor.from_local(torch.ones(2, 2), mesh1(2), [Shard(0)], run_check=False)
     traced: Any = torch.compile(read, fullgraph=True, backend="aot_eager")
@@ -153,8 +153,8 @@ def test_flat(rank: int, keeps: bool) -> None:
     assert flat is not None
     assert (flat.sharded, flat.keeps_originals) == (True, keeps)
     assert flat.shapes == [(5, 3), (5,), (2, 5), (2,)]
-    assert flat.whole == (32,)
-    assert fsdp.flat_size(flat.tensor) == torch.Size([32])
+    assert flat.whole == (38 if keeps else 32,)  # originals begin at multiples of 16 bytes
+    assert fsdp.flat_size(flat.tensor) == torch.Size(flat.whole)
     assert len(flat.originals) == (4 if keeps else 0)
     assert [(name, id(p)) for _, name, p in flat.places()] == [
         (name, id(p)) for name, p in zip(("weight", "bias") * 2, flat.originals, strict=False)
@@ -167,7 +167,9 @@ def test_flat(rank: int, keeps: bool) -> None:
             start, count, begin = shard
             first = end - [15, 5, 10, 2][i] + begin
             assert torch.equal(flat.tensor[start : start + count], whole[first : first + count])
-    assert sum(shard[1] for shard in map(flat.shard, range(4)) if shard is not None) == 16
+    held = torch.tensor(sum(shard[1] for shard in map(flat.shard, range(4)) if shard is not None))
+    dist.all_reduce(held)
+    assert held.item() == 32
     assert isinstance(model, modules.wrapper_classes("_fsdp_wrapped_module", sys.modules))
     assert "_fsdp_wrapped_module" in modules.children_of(model)
 
