@@ -23,6 +23,7 @@ from distclip.measure.reduction import plain, summed
 from distclip.measure.slots import Slots
 from distclip.planning.plan import build_plan
 from distclip.strategies._base import require_bound, require_norm_type, scale_to
+from distclip.torch_private.autograd import version
 
 
 @torch.no_grad()
@@ -237,11 +238,11 @@ _EXACT = "_distclip_exact"
 def _with_exact(norms: Norms) -> Tensor:
     total = norms.reported_total
     if norms.exact is not None and not (torch.compiler.is_compiling() or total.is_inference()):
-        setattr(total, _EXACT, (total._version, norms.exact.total))
+        setattr(total, _EXACT, (version(total), norms.exact.total))
     return total
 
 
 def _exact(total: Tensor | float) -> Tensor | float:
     """What a returned norm is in float64, unless it has been written to since."""
-    version, exact = getattr(total, _EXACT, (None, total))
-    return exact if version is None or (isinstance(total, Tensor) and total._version == version) else total
+    then, exact = getattr(total, _EXACT, (None, total))
+    return exact if then is None or (isinstance(total, Tensor) and version(total) == then) else total

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +22,7 @@ from distclip.current.parameter_set import ParameterSet
 from distclip.layout.life import life_of
 from distclip.layout.parameters import Parameters, bare_tensors, freeze_source
 from distclip.layout.placement import Axis
+from distclip.torch_private.operators import FakeTensor
 
 # What is known of the lists seen last. A list is found again by the identity of every tensor in it, and what
 # is known of it ends as soon as one of them dies; its place stays, since garbage collectors do not work in

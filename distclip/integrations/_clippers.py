@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from distclip.apply.change import OnNonfinite
 from distclip.apply.optimizer_step import parameters_of
@@ -19,6 +18,7 @@ from distclip.layout.parameters import named_parameters
 from distclip.layout.source import Witness, witness_of
 from distclip.strategies._base import Strategy
 from distclip.strategies._pattern import require_fit
+from distclip.torch_private.operators import tree_map
 
 
 class Clippers:

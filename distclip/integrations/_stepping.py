@@ -16,6 +16,7 @@ from distclip.apply.optimizer_step import _lacks_momentum, is_fused, parameters_
 from distclip.clipper import Clipper
 from distclip.decide.transfer import Transfer
 from distclip.inspection.advice import is_main_rank, logger
+from distclip.torch_private.grad_scaler import scale_of, set_scale, states
 
 
 class StepSkipper:
@@ -263,26 +264,25 @@ class KeepingScaler:
 
     def forget(self) -> None:
         for key in self._waiting:
-            self._scaler._per_optimizer_states.pop(key, None)
+            states(self._scaler).pop(key, None)
         self._waiting, self._before = {}, None
 
     @contextlib.contextmanager
     def of_gradients(self) -> Iterator[None]:
         """In here the scale is the one that the gradients were made with."""
-        now = self._scaler._scale
+        now = scale_of(self._scaler)
         if self._before is not None:
-            self._scaler._scale = self._before
+            set_scale(self._scaler, self._before)
         try:
             yield
         finally:
-            self._scaler._scale = now
+            set_scale(self._scaler, now)
 
     def _update_but_keep(self, new_scale: Any = None) -> None:
-        states = self._scaler._per_optimizer_states
-        self._waiting = {key: s for key, s in states.items() if s["stage"] is OptState.UNSCALED}
-        if self._before is None and self._scaler._scale is not None:
-            self._before = self._scaler._scale.clone()
+        known = states(self._scaler)
+        self._waiting = {key: s for key, s in known.items() if s["stage"] is OptState.UNSCALED}
+        scale = scale_of(self._scaler)
+        if self._before is None and scale is not None:
+            self._before = scale.clone()
         self._update(new_scale)
-        states = self._scaler._per_optimizer_states
-        for key, state in self._waiting.items():
-            states[key] = state
+        states(self._scaler).update(self._waiting)

@@ -31,6 +31,7 @@ from distclip.integrations._stepping import KeepingScaler, LossOfStep, leave_beh
 from distclip.layout.parameters import Parameters
 from distclip.measure.gradients import collect
 from distclip.strategies._base import Strategy, require_bound, require_norm_type
+from distclip.torch_private.grad_scaler import states
 from distclip.training.unscaling import unscale_
 
 logger = logging.getLogger("distclip")
@@ -323,8 +324,8 @@ class Installed:
         """Those whose gradients have not been unscaled yet."""
         if not self.has_scaler:
             return []
-        states = self._accelerator.scaler._per_optimizer_states
-        return [o for o in optimizers if states[id(o)]["stage"] is OptState.READY]
+        known = states(self._accelerator.scaler)
+        return [o for o in optimizers if known[id(o)]["stage"] is OptState.READY]
 
 
 class _OfRelease010:

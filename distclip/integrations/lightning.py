@@ -21,6 +21,7 @@ from distclip.integrations._clippers import Clippers
 from distclip.integrations._fabric import step as step
 from distclip.integrations._stepping import LossOfStep, StepSkipper, weakly
 from distclip.strategies._base import Strategy
+from distclip.torch_private.grad_scaler import scale_of, states
 from distclip.training.unscaling import unscale_
 
 # Lightning comes under two names, whose classes are not each other's: the one in use.
@@ -226,7 +227,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
             unscale_(self._scaler, optimizer, self._clipper_of(optimizer)[1])
 
     def _is_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
-        state = self._scaler._per_optimizer_states.get(id(optimizer))
+        state = states(self._scaler).get(id(optimizer))
         return state is None or state["stage"] is OptState.READY
 
     def _is_observed(self, model: Any) -> bool:
@@ -258,7 +259,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
                 f"{kind}.step() was called past Lightning, so it cannot take the coefficient of "
                 'apply="deferred" along: step Lightning\'s own, self.optimizers(), or leave apply out'
             )
-        if self._scaler is not None and self._scaler._scale is not None and self._is_scaled(optimizer):
+        if self._scaler is not None and scale_of(self._scaler) is not None and self._is_scaled(optimizer):
             raise ValueError(
                 f"{kind}.step() was called past Lightning, with gradients that are multiplied by the loss "
                 "scale: step Lightning's own optimizer, self.optimizers(), which unscales them, or call "
@@ -320,8 +321,9 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]  # a class that is known
         if not self._clippers.uses_loss:
             return
         part = loss.detach()
-        if self._scaler is not None and self._scaler._scale is not None:
-            part = part / self._scaler._scale.to(part.device)
+        scale = None if self._scaler is None else scale_of(self._scaler)
+        if scale is not None:
+            part = part / scale.to(part.device)
         self._loss.add(part)
 
     def _scale_loss(self, outputs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distclip.measure.gathered import Gathered, is_simple
 from distclip.measure.reduction import local_of
+from distclip.torch_private.autograd import version
 from distclip.torch_private.writes import addresses
 
 
@@ -35,13 +36,13 @@ class Bucket:
         # DDP brings them into ``.grad`` at the end of backward: not before then are they what was measured.
         self._gathered.measure(list(self._places), averaged)
         for i, g, address in zip(self._places, averaged, addresses(averaged), strict=True):
-            self._averaged[i] = address, g._version, g.dtype, g.numel()
+            self._averaged[i] = address, version(g), g.dtype, g.numel()
 
     def note(self) -> None:
         """Those gradients that are now, to the last element, what DDP has averaged."""
         states = self._states()
         same: list[tuple[int, Tensor]] = []
-        for i, (address, version, dtype, numel) in self._averaged.items():
+        for i, (address, written, dtype, numel) in self._averaged.items():
             before, now = self._before.get(i), states.get(i)
             if before is None or now is None or now.gradient is not before.gradient:
                 continue
@@ -49,7 +50,7 @@ class Bucket:
             local = local_of(gradient)
             if not is_simple(local) or local.dtype != dtype or local.numel() != numel:
                 continue
-            is_bucket = now.address == address and now.version == version
+            is_bucket = now.address == address and now.version == written
             # Else DDP has copied it there, in one operation, and nothing else has written.
             is_copy = now.address == before.address != address and now.version == before.version + 1
             if is_bucket or is_copy:
@@ -62,7 +63,7 @@ class Bucket:
         there = {i: gradient for i in self._places if (gradient := parameters[i].grad) is not None}
         locals_ = list(map(local_of, there.values()))
         return {
-            i: _State(weakref.ref(gradient), address, local._version)
+            i: _State(weakref.ref(gradient), address, version(local))
             for (i, gradient), local, address in zip(there.items(), locals_, addresses(locals_), strict=True)
         }
 

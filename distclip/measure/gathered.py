@@ -32,12 +32,13 @@ from distclip.decide.transfer import on_device
 from distclip.layout.memory import MEASURABLE, Region, lie_apart
 from distclip.measure.reduction import local_of
 from distclip.planning.plan import Plan
+from distclip.torch_private.autograd import version
+from distclip.torch_private.dtensor import spec
 from distclip.torch_private.writes import Mark, addresses, can_be_proven, is_marked, mark
 
 _SAMPLED = 4  # gradients, 16 elements of each
 
 _gradient = attrgetter("grad")
-_version = attrgetter("_version")
 _kind = attrgetter("layout", "dtype", "is_nested", "is_meta", "is_quantized")
 
 
@@ -96,7 +97,7 @@ class Gathered:
                 continue
             self._marks[i] = found
             self._addresses[i], self._sizes[i] = place, _size_of(local)
-            self._versions[i], self._outer_versions[i] = local._version, gradient._version
+            self._versions[i], self._outer_versions[i] = version(local), version(gradient)
             # (A DTensor that is referred to weakly could not be swapped: module.to() does that.)
             self._measured[i] = weakref.ref(local)
 
@@ -196,10 +197,10 @@ class Gathered:
     ) -> list[int]:
         """Those of ``there`` that may not hold what was measured. Mostly in loops inside Python's C code."""
         marks = self._of(there, self._marks)
-        columns = [places, list(map(_version, locals_))]
+        columns = [places, list(map(version, locals_))]
         noted = [self._of(there, self._addresses), self._of(there, self._versions)]
         if self._sharded:  # operators on a DTensor change its own version, others that of its local tensor
-            columns.append(list(map(_version, gradients)))
+            columns.append(list(map(version, gradients)))
             noted.append(self._of(there, self._outer_versions))
         proven = all(mark is not None and mark.holds for mark in set(marks))
         if columns == noted and proven and all(map(is_marked, locals_)):
@@ -215,10 +216,10 @@ class Gathered:
         return column if len(there) == len(column) else [column[i] for i in there]
 
     def _lies_as_its_parameter(self, i: int, gradient: Any) -> bool:
-        if i in self._sharded and gradient._spec is not self._specs[i]:
-            if gradient._spec.placements != self._placements[i]:
+        if i in self._sharded and (now := spec(gradient)) is not self._specs[i]:
+            if now.placements != self._placements[i]:
                 return False
-            self._specs[i] = gradient._spec
+            self._specs[i] = now
         return True
 
     # --- samples, where there is no proof --------------------------------------------------------------

@@ -23,6 +23,7 @@ from distclip.measure.bucket import Bucket
 from distclip.measure.gathered import Gathered
 from distclip.measure.reduction import is_offloaded, local_of
 from distclip.planning.plan import Plan
+from distclip.torch_private.autograd import at_the_end_of_backward, current_graph_task
 
 _BATCH = 1 << 20  # elements that are measured in one go
 
@@ -117,7 +118,7 @@ class Overlap:
         """Gradient i is final, unless backward goes on to add to it, or other hooks of its parameter change
         it: so what has arrived before is measured now, and this one once another has come.
         """
-        if torch._C._current_graph_task_id() == -1:  # FSDP2 in a pipeline stage reduces after backward
+        if current_graph_task() == -1:  # FSDP2 in a pipeline stage reduces after backward
             self._gathered.drop(i)
             return
         gradient = self._parameters[i].grad
@@ -134,7 +135,7 @@ class Overlap:
 
     def expect(self, bucket: dist.GradBucket) -> Action | None:
         """DDP is about to average these gradients."""
-        if torch._C._current_graph_task_id() == -1 or bucket.buffer().layout is not torch.strided:
+        if current_graph_task() == -1 or bucket.buffer().layout is not torch.strided:
             return None  # a sparse one is measured at the clip
         parameters = bucket.parameters()
         places = {self._index[id(p)]: n for n, p in enumerate(parameters) if id(p) in self._index}
@@ -146,11 +147,11 @@ class Overlap:
 
     def _queue(self) -> int:
         """Have what has arrived measured at the end of this backward pass. Returns which that is."""
-        task: int = torch._C._current_graph_task_id()
+        task: int = current_graph_task()
         if task not in self._queued:
             self._queued.add(task)
             # Twice, because DDP puts the gradients in their place in such a callback of its own.
-            _at_the_end(lambda: _at_the_end(partial(self._finish, task)))
+            at_the_end_of_backward(lambda: at_the_end_of_backward(partial(self._finish, task)))
         return task
 
     def _finish(self, task: int) -> None:
@@ -199,8 +200,3 @@ def _say_once(module: nn.Module, message: str) -> None:
     if module not in _said:
         _said.add(module)
         logger.warning(message)
-
-
-def _at_the_end(callback: Callable[[], None]) -> None:
-    """Of the backward pass that is running."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)

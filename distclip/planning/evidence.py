@@ -16,6 +16,7 @@ from distclip.layout.parameters import NamedParameter
 from distclip.layout.placement import Axis, Placement, whole_shape
 from distclip.layout.scope import Scope
 from distclip.planning.fingerprint import TOLERANCE, WORDS, fingerprints
+from distclip.torch_private.dtensor import local_of
 
 # The columns of the table, and how far ranks may be apart in them.
 COLUMNS = (
@@ -99,8 +100,7 @@ def _prints(tensors: Mapping[int, Tensor | None], count: int, device: torch.devi
     prints = torch.full((count, WORDS), math.nan, dtype=torch.float64, device=device)
     rows, shown = [], []
     for i, tensor in tensors.items():
-        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        if tensor is not None and local is not None and is_bare(local):
+        if tensor is not None and is_bare(local_of(tensor)):
             rows.append(i)
             shown.append(tensor)
     if rows:

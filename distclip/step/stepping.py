@@ -19,6 +19,7 @@ from distclip.inspection.advice import is_main_rank, logger
 from distclip.layout.source import witness_of
 from distclip.planning.plan import Plan
 from distclip.step.clipping import Clipping
+from distclip.torch_private.grad_scaler import set_states, states, states_if_any
 
 
 class Stepping:
@@ -72,9 +73,9 @@ class Stepping:
         self, optimizers: list[torch.optim.Optimizer], scaler: GradScaler | None, plan: Plan
     ) -> LossScale:
         self._require_suitable(optimizers)
-        states = getattr(scaler, "_per_optimizer_states", None)  # a scaler that is off has none
-        if isinstance(states, AfterStep):
-            states.require_fresh(self._clipping)
+        known = states_if_any(scaler)
+        if isinstance(known, AfterStep):
+            known.require_fresh(self._clipping)
         self._say_if_taken(optimizers)
         return LossScale.of(scaler, optimizers, plan.device if plan.scope.stages else None)
 
@@ -116,10 +117,10 @@ class Stepping:
             LossScale(scaler, optimizers, None).finish(report.nonfinite, update=update)
         for each in optimizers:
             self.guard.taken(each, list(parameters_of(each)))
-        if scaler is not None and update and not scaler._per_optimizer_states:
+        if scaler is not None and update and not states(scaler):
             others = [(c, Used(c.tensors)) for c in living_here() if c is not self._clipping]
-            states: Any = scaler._per_optimizer_states
-            scaler._per_optimizer_states = AfterStep(states.default_factory, self.guard, optimizers, others)
+            known: Any = states(scaler)
+            set_states(scaler, AfterStep(known.default_factory, self.guard, optimizers, others))
         round_.add(optimizers, self._suitable.rest if self._suitable else [])
 
     def _say_if_taken(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -177,7 +178,7 @@ class _Round:
     def is_updated(self) -> bool:
         """Whether the scale has been updated since the optimizers were stepped."""
         assert self.scaler is not None
-        return bool(self._stepped) and self._stepped.isdisjoint(self.scaler._per_optimizer_states)
+        return bool(self._stepped) and self._stepped.isdisjoint(states(self.scaler))
 
 
 class _Suitable:

@@ -14,15 +14,7 @@ ROOT = Path(distclip.__file__).parent
 DOOR = ROOT / "torch_private"
 
 # Files that have still to be brought to it.
-PENDING = {
-    "clipper.py",
-    "functional.py",
-    "integrations/_stepping.py",
-    "integrations/accelerate.py",
-    "integrations/lightning.py",
-    "measure/overlap.py",
-    "planning/ownership.py",
-}
+PENDING: set[str] = set()
 
 # Attributes of torch's objects, which are seen on anything but ``self``; and as the whole of a string, which
 # getattr() and itemgetter() take.
