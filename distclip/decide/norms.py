@@ -67,7 +67,7 @@ class Norms:
     """Gradient norms of one step, before clipping, the same numbers on every rank.
 
     A finite norm that float32 does not hold is its largest number here: ``total`` and ``slots`` are finite
-    exactly where the norms are. (What that has cut off, the coefficients make up for, see ``_apply``.)
+    exactly where the norms are. (What that has cut off, the coefficients make up for, see ``apply.change``.)
 
     Attributes:
         total: [] float32, the norm of the whole gradient.

@@ -26,7 +26,7 @@ from distclip.measure.reduction import News, reduce_message
 from distclip.planning.plan import Plan
 from distclip.torch_private.dtensor import local_of, offsets
 
-# float32 sums over longer rows lose digits, as do those of squares below this (see _kernels.foreach).
+# float32 sums over longer rows lose digits, as do those of squares below this (see kernels.foreach).
 _LONG_ROW = 512
 _FAINT = 2.0**-100
 

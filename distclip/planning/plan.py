@@ -1,6 +1,6 @@
 """The plan: everything about clipping a set of parameters that does not change from step to step.
 
-Built once, from the parameters. Building it may communicate (see ``_ownership``); using it does not.
+Built once, from the parameters. Building it may communicate (see ``ownership``); using it does not.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def build_plan(
     wrong on this rank, to be raised on all. ``call``: for the how manieth the plan is made anew.
 
     Raises:
-        OwnershipError, SettingsError: on every rank, see ``_ownership``.
+        OwnershipError, SettingsError: on every rank, see ``ownership``.
         ValueError: see ``find_scope``.
     """
     positions: dict[int, int] = {}  # by identity: the same parameter twice is one
