@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.apply.accumulation import MicroBatch
-from distclip.apply.change import OnNonfinite
+from distclip.apply.change import OnNonfinite, require_policy
 from distclip.decide.report import ClipReport
 from distclip.inspection.description import Description, describe
 from distclip.inspection.diagnosis import nonfinite_ranks
@@ -126,12 +126,12 @@ class Clipper:
 
     @property
     def on_nonfinite(self) -> OnNonfinite:
-        """May be set, on every rank alike."""
+        """What is done where the norm is not finite. May be set, on every rank alike."""
         return self._clipping.on_nonfinite
 
     @on_nonfinite.setter
     def on_nonfinite(self, policy: OnNonfinite) -> None:
-        self._clipping.on_nonfinite = policy
+        self._clipping.on_nonfinite = require_policy(policy)
 
     @property
     def plan(self) -> Plan:
