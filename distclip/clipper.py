@@ -141,6 +141,11 @@ class Clipper:
         """
         return self._clipping.plan
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters, in the order of :meth:`describe`; as they were at the last clip."""
+        return self._clipping.tensors
+
     @torch.no_grad()
     def clip(self, *, loss: Tensor | float | None = None, param_norms: bool = False) -> ClipReport:
         """Clip the gradients in place: after ``backward``, before ``optimizer.step``, on every rank.
@@ -259,7 +264,7 @@ class Clipper:
 
         Every rank in scope calls this, or none.
         """
-        return describe(self.plan, self._clipping.tensors)
+        return describe(self.plan, self.tensors)
 
     @torch.no_grad()
     def verify(self) -> float:
@@ -275,7 +280,7 @@ class Clipper:
             OwnershipError: on every rank: names each parameter that is counted more or less than once, and
                 the axis along which it is.
         """
-        plan, tensors = self.plan, self._clipping.tensors
+        plan, tensors = self.plan, self.tensors
         collect(plan, tensors)  # sums what is partial
         return verify_counting(plan, tensors)
 
@@ -298,7 +303,7 @@ class Clipper:
             {'layers.3.weight': (2,)}
         """
         plan = self.plan
-        return nonfinite_ranks(plan, self._clipping.tensors, plan.scope.group())
+        return nonfinite_ranks(plan, self.tensors, plan.scope.group())
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to continue the same sequence: the strategy's state, its name and settings,

@@ -71,7 +71,7 @@ class ZClipOracle:
             self.first.append(n)
             if len(self.first) == self.warmup:
                 self.mean, self.variance = float(np.mean(self.first)), float(np.var(self.first))
-            return self.max_norm / (n + self.eps) if n > self.max_norm else 1.0
+            return self.max_norm / (n + min(self.eps, n / 1000)) if n > self.max_norm else 1.0
         std = math.sqrt(self.variance)
         z = (n - self.mean) / (std + self.eps)
         fed, self.run = n, self.run + 1 if z > self.z_threshold else 0
@@ -82,7 +82,7 @@ class ZClipOracle:
         if self.run == self.patience:
             self.first, self.run = [], 0
         effective = min(fed, self.max_norm)
-        return effective / (n + self.eps) if n > effective else 1.0
+        return effective / (n + min(self.eps, n / 1000)) if n > effective else 1.0
 
 
 @dataclass
@@ -107,7 +107,7 @@ class AdaGCOracle:
 
     def _coefficient(self, i: int, n: float) -> float:
         bound = self.ratio * self.average[i] if i in self.average else self.max_norm
-        c = 1.0 if n <= bound else bound / (n + self.eps)
+        c = 1.0 if n <= bound else bound / (n + min(self.eps, n / 1000))
         if n > 0:
             kept = min(n, bound)
             self.average[i] = (

@@ -30,7 +30,7 @@ def collected(clipper: distclip.Clipper) -> Gradients:
     _ = clipper.plan
     measurement = clipper._clipping.parameters.measurement
     assert measurement is not None
-    return measurement.collect(clipper._clipping.tensors)
+    return measurement.collect(clipper.tensors)
 
 
 def _tensors(clipper: distclip.Clipper) -> list[list[int]]:
