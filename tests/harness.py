@@ -39,8 +39,8 @@ import pytest
 
 from tests.layouts import Layout
 
-_TIMEOUT = 60.0  # seconds for one test, after the pool is up
-_START_TIMEOUT = 120.0
+_TIMEOUT = 240.0  # seconds for one test, after the pool is up: against hangs, on a slow machine too
+_START_TIMEOUT = 240.0
 
 
 class RankFailure(AssertionError):
