@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from distclip.kernels.looking import look_at_one
 from distclip.torch_private import grad_scaler
 
 
@@ -80,9 +81,19 @@ class LossScale:
                 self.scaler.update()
 
 
-def scale_on_cpu(scaler: GradScaler) -> float | None:
-    """Of a scaler there, which nobody has to wait for."""
-    return scaler.get_scale() if grad_scaler.device_of(scaler) == "cpu" else None
+def told(scaler: GradScaler | None, optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """By what their gradients are still to be divided, in words; of a scaler on the CPU, for which nobody has
+    to wait, with the number."""
+    if scaler is None or not scaler.is_enabled():
+        return "no loss scale"
+    known = grad_scaler.states(scaler)
+    if any(id(o) in known and known[id(o)]["stage"] is OptState.UNSCALED for o in optimizers):
+        return "gradients that have been unscaled"
+    if grad_scaler.device_of(scaler) != "cpu":
+        return "a loss scale"
+    scale = grad_scaler.scale_of(scaler)
+    value = scaler.get_scale() if scale is None else look_at_one(scale)
+    return "a loss scale" if value is None else f"loss scale {value:.6g}"
 
 
 def reciprocal(scale: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -14,25 +15,31 @@ from distclip.planning.settings import settings_of, state_of
 from distclip.strategies._base import Strategy
 
 
+class Beside(NamedTuple):
+    """What travels in the message of a step beside the numbers that its strategy always wants."""
+
+    param_norms: bool = False
+    weighted: bool = False
+
+
 class Asked:
     """The strategy with its arguments, what is passed beside it, and what is asked of this step.
 
     Attributes:
         options: as passed; they may change.
         of_step: what is asked of this step.
-        loss_scale: of the scaler that this rank is passed, read where ranks look closer.
         looks: whether ranks look closer in this step.
         settled: the settings that have been agreed upon.
-        param_norms: whether ranks have agreed that parameters are measured at times.
+        beside: what is to be sent in this step.
+        agreed: what ranks have agreed to send at times.
     """
 
     def __init__(self, strategy: Strategy, options: Mapping[str, object]) -> None:
         self._strategy, self.options = strategy, dict(options)
         self.of_step = ""
-        self.loss_scale: Callable[[], float | None] | None = None
         self.looks = False
         self.settled: dict[str, str] = {}
-        self.param_norms = False
+        self.beside = self.agreed = Beside()
         self.state_is_settled = not strategy.state_dict()  # a drop-in has none
 
     def settings(self) -> dict[str, str]:
@@ -45,35 +52,47 @@ class Asked:
         """Whether these are others than were agreed upon. (A drop-in is told them in each call.)"""
         return not isinstance(self._strategy, AsCalled) and self.settings() != self.settled
 
-    def sizes_differ(self) -> bool:
-        """Whether a rank that measures each parameter sends more numbers than one that does not."""
-        return not (self._strategy.per_parameter or self._strategy.per_unit)
+    def is_first(self) -> bool:
+        """Whether this step's message would be longer than ranks have agreed upon."""
+        norms = not (self._strategy.per_parameter or self._strategy.per_unit)  # which they send anyway
+        return (norms and self.beside.param_norms > self.agreed.param_norms) or (
+            self.beside.weighted > self.agreed.weighted
+        )
 
-    def now(self, param_norms: bool | None) -> str:
-        """What is asked of this step. ``param_norms``: None where ranks may differ in it."""
-        asked = self.of_step
-        if asked and param_norms is not None:
-            asked = f"{asked}, {param_norms=}"
-        if self.loss_scale is None or not self.looks:
-            return asked
-        return f"{asked}, loss scale {self.loss_scale()}"
+    def agree(self) -> None:
+        self.agreed = Beside(*map(max, self.agreed, self.beside))
 
-    def whole(self, param_norms: bool | None) -> dict[str, str]:
-        return self.settings() | {"call": self.now(param_norms)}
+    def expected(self) -> Beside:
+        """What others send in this step, if they are asked for the same, and as far as was agreed upon."""
+        return Beside(self.beside.param_norms and self.agreed.param_norms, self.agreed.weighted)
 
-    def for_plan(self, param_norms: bool) -> dict[str, str]:
+    def now(self, *, sends: bool) -> str:
+        """What is asked of this step. ``sends``: whether anything is sent in each, so that ranks must not
+        differ in what."""
+        if not (self.of_step and sends):
+            return self.of_step
+        return f"{self.of_step}, {_told(self.beside)}"
+
+    def whole(self, *, sends: bool) -> dict[str, str]:
+        return self.settings() | {"call": self.now(sends=sends)}
+
+    def for_plan(self) -> dict[str, str]:
         """What is agreed upon when a plan is made; from then on it is settled."""
         self.settled = self.settings()
-        self.param_norms = self.param_norms or param_norms
+        self.agree()
         if not self.settled:
             return {}
         more = {
-            "options": f"{self.settled['options']}, {param_norms=}",
-            "call": self.now(None),
+            "options": f"{self.settled['options']}, {_told(self.beside)}",
+            "call": self.of_step,
         }
         if not self.state_is_settled:
             more["state"] = state_of(self._strategy)
         return self.settled | more
+
+
+def _told(beside: Beside) -> str:
+    return f"param_norms={beside.param_norms}" + (", weighted=True" if beside.weighted else "")
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from distclip.current.asked import word_of
+from distclip.current.asked import Beside, word_of
 from distclip.errors import OwnershipError, SettingsError
 from distclip.measure.gradients import Gradients
 from distclip.measure.measurement import Measurement
@@ -36,13 +36,12 @@ class Others:
     call: int
     looks: bool
 
-    def tell(
-        self, compares: bool, param_norms: bool, weighted: bool, settings: Mapping[str, str] | None = None
-    ) -> None:
+    def tell(self, compares: bool, beside: Beside, settings: Mapping[str, str] | None = None) -> None:
         """If the other ranks, where nothing has changed for them, wait for this one in the step's message:
         join the step as they see it, and say there that the plan is out of date. Returns if all ranks say so.
 
         Args:
+            beside: as they send it.
             settings: where it is these that have changed, and nothing else.
 
         Raises:
@@ -58,7 +57,7 @@ class Others:
             if compares:
                 require_equal_gradients(self.plan, settings=settings)
             if self.plan.group_name is not None:
-                self._call_off(param_norms, weighted, settings)
+                self._call_off(beside, settings)
         except AskedOtherwise:
             self.quote_both(settings or {})
         except OutdatedPlan as news:
@@ -66,11 +65,11 @@ class Others:
                 self.leave_word(_CHANGED_HERE)
                 raise OwnershipError(_CHANGED_HERE) from None
 
-    def decline(self, param_norms: bool, weighted: bool) -> None:
+    def decline(self, beside: Beside) -> None:
         """Something that only this rank may have noticed keeps it from the step. Then it raises."""
         if self.plan.group_name is not None:
             with contextlib.suppress(OutdatedPlan):
-                self._call_off(param_norms, weighted)
+                self._call_off(beside)
             self.leave_word("something keeps it from this step")
 
     def leave_word(self, why: str) -> None:
@@ -93,20 +92,20 @@ class Others:
         require_same_settings(settings, self.plan.group, self.plan.device)
         raise SettingsError(_ASKED_OTHERWISE)
 
-    def _call_off(self, param_norms: bool, weighted: bool, settings: Mapping[str, str] | None = None) -> None:
+    def _call_off(self, beside: Beside, settings: Mapping[str, str] | None = None) -> None:
         """The step's message, without gradients.
 
         Raises:
             OutdatedPlan: always, unless it is the ``settings`` that this rank has to tell.
             AskedOtherwise: then, where other ranks have others.
         """
-        weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if weighted else None
+        weight = torch.zeros(1, dtype=torch.float64, device=self.plan.device) if beside.weighted else None
         if weight is not None and not self.measurement.carries:
             self.measurement.everywhere(weight)
         news = News(outdated=True)
         if settings is not None:
             news = News(word=word_of(f"{sorted(settings.items())}"), looks=self.looks)
-        self.measurement.norms((), Gradients([], []), param_norms, weight=weight, news=news)
+        self.measurement.norms((), Gradients([], []), beside.param_norms, weight=weight, news=news)
 
 
 _CHANGED_HERE = (

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.current.asked import Asked, word_of
+from distclip.current.asked import Asked, Beside, word_of
 from distclip.current.names import Names
 from distclip.current.others import CHANGED_ELSEWHERE, Others
 from distclip.current.reading import (
@@ -120,22 +120,27 @@ class ParameterSet:
         if self.plan is not None and torch.compiler.is_compiling():
             return self.tensors if tensors is None else tensors
         asked = self.asked
+        asked.beside = Beside(param_norms, weighted)
         asked.looks, compares = self._count_call()
         current = self._look(parameters, tensors)
         is_elsewhere = current is not None and asked.looks and are_elsewhere(current)
-        if current is None or is_elsewhere or self._is_asked_otherwise(param_norms):
+        if current is None or is_elsewhere or self._is_asked_otherwise():
             calls = self._calls if current is not None else 1
-            settings = None if current is None or is_elsewhere else self._whole(param_norms)
+            settings = None if current is None or is_elsewhere else self._whole()
             if self.plan is not None and self._lives_on():
-                self._others().tell(compares, param_norms and asked.param_norms, weighted, settings)
-            current = self._plan_anew(parameters, param_norms)
-            self._calls = calls
+                self._others().tell(compares, asked.expected(), settings)
+            if settings is not None and self.plan is not None and self.plan.apart:
+                asked.agree()  # those that the message went to have; a plan is made with others too
+                assert current is not None
+            else:
+                current = self._plan_anew(parameters)
+                self._calls = calls
         else:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
-            if (culprit == "DDP" or compares) and self.plan.compared != ():
+            if (culprit == "DDP" or compares) and self.plan.compares:
                 try:
-                    require_equal_gradients(self.plan, current, self._whole(param_norms))
+                    require_equal_gradients(self.plan, current, self._whole())
                 except OutdatedPlan:
                     raise OwnershipError(CHANGED_ELSEWHERE) from None
         if not self._keep:
@@ -179,22 +184,17 @@ class ParameterSet:
             return None
         return tensors
 
-    def _is_asked_otherwise(self, param_norms: bool) -> bool:
+    def _is_asked_otherwise(self) -> bool:
         """Whether this rank is set otherwise than was agreed upon, and nothing that is compared tells so; or
         would be the first to send another number of numbers."""
         plan, asked = self.plan, self.asked
         assert plan is not None
-        if asked.looks and plan.compared == () and asked.is_set_otherwise():
+        if asked.looks and not plan.compares and asked.is_set_otherwise():
             return True
-        sends = param_norms and plan.group_name is not None
-        return sends and not asked.param_norms and asked.sizes_differ()
+        return plan.group_name is not None and asked.is_first()
 
-    def _whole(self, param_norms: bool) -> dict[str, str]:
-        return self.asked.whole(self._said(param_norms))
-
-    def _said(self, param_norms: bool) -> bool | None:
-        """Replicas, which send nothing, may measure parameters on some ranks only."""
-        return None if self.plan is None or self.plan.group_name is None else param_norms
+    def _whole(self) -> dict[str, str]:
+        return self.asked.whole(sends=self.plan is not None and self.plan.group_name is not None)
 
     def _is_proven(self) -> bool:
         """Whether a plan that was made before the first step has compared all gradients that it has to."""
@@ -218,14 +218,14 @@ class ParameterSet:
         if self.plan is not None:
             self.asked.looks, compares = self._count_call()
             if self._lives_on():
-                self._others().tell(compares, param_norms=False, weighted=False)
+                self._others().tell(compares, Beside(weighted=self.asked.agreed.weighted))
             successor._call_before = self._calls
 
-    def decline(self, param_norms: bool = False, *, weighted: bool = False) -> None:
+    def decline(self) -> None:
         """Something that only this rank may have noticed keeps it from the step: the others, who may wait in
         the step's message, are told there. Then raise."""
         if self.plan is not None:
-            self._others().decline(param_norms, weighted)
+            self._others().decline(self.asked.expected())
 
     def _others(self) -> Others:
         assert self.plan is not None
@@ -257,14 +257,14 @@ class ParameterSet:
                 gradients, complaint = Gradients([], []), error
         assert self.plan is not None
         silent = self.plan.group_name is None or torch.compiler.is_compiling()
-        word = 0 if silent else word_of(self.asked.now(param_norms))
+        word = 0 if silent else word_of(self.asked.now(sends=True))
         news = News(complaint is not None, word, self.asked.looks)
         try:
             norms, by_parameter = self.measurement.norms(
                 tensors, gradients, param_norms, factor, loss, ready, weight, news=news
             )
         except AskedOtherwise:
-            self._others().quote_both(self._whole(param_norms))
+            self._others().quote_both(self._whole())
         except OutdatedPlan:
             self._others().leave_word(CHANGED_ELSEWHERE if complaint is None else str(complaint))
             if complaint is None:
@@ -273,7 +273,7 @@ class ParameterSet:
             raise complaint
         return gradients, norms, by_parameter
 
-    def _plan_anew(self, parameters: Parameters, param_norms: bool = False) -> list[Tensor]:
+    def _plan_anew(self, parameters: Parameters) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
         call, self._call_before = self._call_before if self.plan is None else self._calls, 0
@@ -295,13 +295,13 @@ class ParameterSet:
             synchronisation = Synchronisation(
                 [*modules_of(parameters), *self._watched], tensors, keep=self._keep
             )
-            self.plan, settings = None, self.asked.for_plan(param_norms)
+            self.plan, settings = None, self.asked.for_plan()
             plan = build_plan(
                 self._names.told_apart(named),
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
-                ordered=self.asked.param_norms or _tells_apart(self._strategy),
+                ordered=self.asked.agreed.param_norms or _tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
                 settings=settings,
                 complaint=complaint,

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels
 from distclip.apply.change import OnNonfinite, require_policy
-from distclip.apply.loss_scale import LossScale, record
+from distclip.apply.loss_scale import LossScale, record, told
 from distclip.clipper import Clipper, clipping_of
 from distclip.current.as_called import AsCalled
 from distclip.decide.report import ClipReport
@@ -281,8 +281,9 @@ class Installed:
         clipping, owners = clipping_of(lst.clipper), self._optimizers.that_hold(lst)
         if policy == "skip" or self.has_scaler:
             self._optimizers.require_held(lst, owners, skips=policy == "skip")
-        clipping.begin(self._accelerator.scaler if self.has_scaler else None)
         scaled = self._scaled(owners)
+        with self._scale_of_gradients():
+            clipping.begin(told(self._accelerator.scaler if self.has_scaler else None, owners))
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
             # Unscaling joins the multiplication that clips, found_inf the norm's one reduction.

@@ -11,12 +11,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.apply.accumulation import MicroBatch, Window
 from distclip.apply.change import OnNonfinite, Outcome, change, changes, require_policy, resolve
-from distclip.apply.loss_scale import reciprocal, scale_on_cpu
+from distclip.apply.loss_scale import reciprocal
 from distclip.apply.stepped import LIVING, Used
 from distclip.current.parameter_set import ParameterSet
 from distclip.decide.norms import LARGEST, Norms
@@ -148,9 +147,9 @@ class Clipping:
 
     # --- the step, in order -------------------------------------------------------------------------------
 
-    def begin(self, scaler: GradScaler | None = None, *, param_norms: bool = False) -> Plan:
+    def begin(self, scaled: str = "no loss scale", *, param_norms: bool = False) -> Plan:
         """That the plan describes the parameters as they are, that their gradients are synchronised, and that
-        all ranks are asked for the same. ``scaler``: whose scale the gradients still have.
+        all ranks are asked for the same. ``scaled``: by what the gradients are still to be divided.
 
         Raises:
             ValueError, OwnershipError, SettingsError: on every rank.
@@ -162,10 +161,7 @@ class Clipping:
             self.thread = threading.get_ident()
             if not self._usage.clips:
                 claim(strategy, self)
-            scaler = scaler if scaler is not None and scaler.is_enabled() else None
-            has = "no" if scaler is None else "a"
-            asked.of_step = f"on_nonfinite={self.on_nonfinite!r}, {has} scaler"
-            asked.loss_scale = None if scaler is None else partial(scale_on_cpu, scaler)
+            asked.of_step = f"on_nonfinite={self.on_nonfinite!r}, {scaled}"
         joins = self.synchronisation.joins()
         if joins:
             require_nobody_absent(strategy, talks=self.is_weighted)
@@ -177,11 +173,22 @@ class Clipping:
 
     @property
     def is_weighted(self) -> bool:
-        return self.window.weights is not None
+        """Whether a weight travels: also that of a rank that has none to show, whose micro-batches broke."""
+        shows_none = self.window.weighted is None and self.parameters.asked.agreed.weighted
+        return self.window.weights is not None or shows_none
 
-    def decline(self, *, param_norms: bool = False) -> None:
+    def _weight_on(self, device: torch.device) -> Tensor | None:
+        """[1] float64, to be summed; None where ranks send none. Nothing where others have a weight and this
+        rank is not asked for one, which makes all of theirs NaN."""
+        if not self.parameters.asked.agreed.weighted:
+            return self.window.weight_on(device)
+        nothing = 0.0 if self.is_weighted else torch.nan
+        own = self.window.weight_on(device)
+        return torch.full((1,), nothing, dtype=torch.float64, device=device) if own is None else own
+
+    def decline(self) -> None:
         """After :meth:`begin`, in place of what measures: where that cannot be on this rank, which raises."""
-        self.parameters.decline(param_norms, weighted=self.is_weighted)
+        self.parameters.decline()
 
     def leave(self, successor: Clipping) -> None:
         """In place of :meth:`begin`: that other one goes on from here, if it does on every rank.
@@ -213,18 +220,19 @@ class Clipping:
             if strategy.uses_loss:
                 given = local_loss(given, optional=plan.scope.stages is not None)
             factor = self._factor(inverse_scale, plan.device)
-            weight = self.window.weight_on(plan.device)
+            weight = self._weight_on(plan.device)
         except (TypeError, ValueError):
-            self.decline(param_norms=param_norms)
+            self.decline()
             raise
         if not torch.compiler.is_compiling():
             self._note_use(plan)
         if weight is not None and not measurement.carries:
-            factor = _over_mean(measurement.everywhere(weight), plan, factor)
+            total = measurement.everywhere(weight)
+            factor = _over_mean(total, plan, factor) if self.is_weighted else factor
         gradients, norms, by_parameter = parameters.measure(
             parameters.tensors, param_norms, factor, given, weight
         )
-        if weight is not None and measurement.carries:
+        if weight is not None and measurement.carries and self.is_weighted:
             factor = _over_mean(weight, plan, factor)
         if factor is not None:
             norms = norms.times(factor)

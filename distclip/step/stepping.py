@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from distclip.apply.change import Outcome
-from distclip.apply.loss_scale import LossScale
+from distclip.apply.loss_scale import LossScale, told
 from distclip.apply.optimizer_step import parameters_of, require_covered, require_fused, take_step
 from distclip.apply.stepped import AfterStep, StepGuard, Used, living_here
 from distclip.decide.report import ClipReport
@@ -53,11 +53,11 @@ class Stepping:
             self._take(self._round, optimizers, update=update)
             return self._round.outcome.report, False
         clipping = self._clipping
-        plan = clipping.begin(scaler, param_norms=param_norms)
+        plan = clipping.begin(told(scaler, optimizers), param_norms=param_norms)
         try:
             loss_scale = self._prepare(optimizers, scaler, plan)
         except ValueError:
-            clipping.decline(param_norms=param_norms)
+            clipping.decline()
             raise
         policy = clipping.on_nonfinite
         if policy == "propagate" and loss_scale.scaler is not None:

@@ -6,7 +6,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from distclip import kernels
-from distclip.apply.loss_scale import LossScale, record
+from distclip.apply.loss_scale import LossScale, record, told
 from distclip.apply.optimizer_step import require_covered
 from distclip.clipper import Clipper, clipping_of
 from distclip.measure.gradients import collect
@@ -34,7 +34,7 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
         >>> scaler.update()
     """
     clipping = clipping_of(clipper)
-    plan = clipping.begin(scaler)
+    plan = clipping.begin(told(scaler, [optimizer]))
     require_covered([optimizer], clipping.tensors)
     _ = states(scaler)[id(optimizer)]  # where clipper.step() has just used them, this says so
     loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)

@@ -218,7 +218,9 @@ def refused(call: Callable[[], Any], *quoted: str) -> str:
         call()
     text = str(error.value)
     assert all(q in text for q in quoted), text
-    assert re.search(r"on rank\(s\) \d, and\n.*\non rank\(s\) \d\. Give every rank the same", text), text
+    assert re.search(
+        r"on rank\(s\) [\d, ]+, and\n.*\non rank\(s\) [\d, ]+\. Give every rank the same", text
+    ), text
     return text
 
 
@@ -293,7 +295,7 @@ def test_43_scalers(rank: int, layout: str) -> list[str]:
     """On one rank only (one that is off is none), or with another scale; also where the plan stands."""
     said = []
     for planned in (False, True):
-        for scaled, scale, quoted in ((rank == 1, 2.0, "no scaler"), (True, 2.0 + rank, "scale 3.0")):
+        for scaled, scale, quoted in ((rank == 1, 2.0, "no loss scale"), (True, 2.0 + rank, "scale 3")):
             source, kwargs = LAYOUTS[layout]()
             optimizer = torch.optim.SGD(source.parameters(), lr=0.0)
             scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
@@ -301,8 +303,68 @@ def test_43_scalers(rank: int, layout: str) -> list[str]:
             clipper = made(source, **kwargs)
             if planned:
                 clipper.clip()  # the next of replicas is compared
-            said.append(refused(lambda c=clipper, o=optimizer, s=scaler: c.step(o, s), quoted, "scale 2.0"))
+            said.append(refused(lambda c=clipper, o=optimizer, s=scaler: c.step(o, s), quoted, "scale 2"))
     return said
+
+
+@pytest.mark.parametrize("layout", ["FSDP2", "TP", "stages"])
+@on_ranks(2)
+def test_43_another_scale_in_the_sixth_step(rank: int, layout: str) -> str:
+    """Of a scaler on the CPU, where nobody has to wait for it."""
+    source, kwargs = LAYOUTS[layout]()
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    clipper = made(source, **kwargs)
+    for _ in range(5):
+        clipper.step(optimizer, scaler)
+        for p in source.parameters():
+            p.grad = p.grad.clone()
+    if rank == 1:
+        scaler.update(8.0)
+    return refused(lambda: clipper.step(optimizer, scaler), "scale 2", "scale 8")
+
+
+@pytest.mark.parametrize("p", [2.0, torch.inf])
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+@on_ranks(2)
+def test_43_a_weight_on_one_rank(rank: int, p: float, calls: int) -> str:
+    """In the step after so many: the message of those that have one would be longer."""
+    model = fully_shard(mlp(), mesh=mesh1(2))  # type: ignore[arg-type]
+    clipper = distclip.Clipper(model, GlobalNorm(1.0, p))
+
+    def step(weight: float | None) -> None:
+        with clipper.accumulate(1) as micro:
+            micro.backward(model(torch.ones(2, 4)).square().sum(), weight=weight)
+        clipper.clip()
+
+    for _ in range(calls):
+        step(None)
+    return refused(lambda: step(2.0 if rank else None), "weighted=True")
+
+
+@pytest.mark.parametrize("what", ["param_norms", "policy", "scaler"])
+@on_ranks(4)
+def test_43_one_shard_group_of_two(rank: int, what: str) -> str:
+    """What only copies could tell is compared at calls 1, 2, 4, 8; until then nobody waits."""
+    model = planted(fully_shard(mlp(), mesh=mesh2(2, 2, "replicate", "shard")))  # type: ignore[arg-type]
+    clipper, optimizer = made(model), torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    odd = rank >= 2
+
+    def step(what: str = "") -> None:
+        for p in model.parameters():
+            p.grad = p.grad.clone()
+        clipper.step(optimizer, scaler if what == "scaler" else None, param_norms=what == "param_norms")
+
+    step()
+    step()
+    if what == "policy" and odd:
+        clipper.on_nonfinite = "zero"
+    step(what if odd else "")
+    quoted = {"param_norms": "param_norms=True", "policy": "'zero'", "scaler": "loss scale 2"}[what]
+    return refused(lambda: step(what if odd else ""), quoted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
