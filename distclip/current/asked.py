@@ -59,7 +59,9 @@ class Asked:
             self.beside.weighted > self.agreed.weighted
         )
 
-    def agree(self) -> None:
+    def settle(self) -> None:
+        """On what there is now."""
+        self.settled = self.settings()
         self.agreed = Beside(*map(max, self.agreed, self.beside))
 
     def expected(self) -> Beside:
@@ -78,8 +80,7 @@ class Asked:
 
     def for_plan(self) -> dict[str, str]:
         """What is agreed upon when a plan is made; from then on it is settled."""
-        self.settled = self.settings()
-        self.agree()
+        self.settle()
         if not self.settled:
             return {}
         more = {

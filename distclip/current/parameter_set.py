@@ -130,15 +130,15 @@ class ParameterSet:
             if self.plan is not None and self._lives_on():
                 self._others().tell(compares, asked.expected(), settings)
             if settings is not None and self.plan is not None and self.plan.apart:
-                asked.agree()  # those that the message went to have; a plan is made with others too
                 assert current is not None
+                asked.settle()  # as those have whom the message went to; a plan is made with others too
             else:
                 current = self._plan_anew(parameters)
                 self._calls = calls
         else:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
-            if (culprit == "DDP" or compares) and self.plan.compares:
+            if (culprit == "DDP" or compares) and self.plan.compared != ():
                 try:
                     require_equal_gradients(self.plan, current, self._whole())
                 except OutdatedPlan:
@@ -189,7 +189,7 @@ class ParameterSet:
         would be the first to send another number of numbers."""
         plan, asked = self.plan, self.asked
         assert plan is not None
-        if asked.looks and not plan.compares and asked.is_set_otherwise():
+        if asked.looks and plan.compared == () and asked.is_set_otherwise():
             return True
         return plan.group_name is not None and asked.is_first()
 

@@ -21,19 +21,19 @@ def require_equal_gradients(
     plan: Plan, tensors: Sequence[Tensor] | None = None, settings: Mapping[str, str] | None = None
 ) -> None:
     """Compare the gradients of plain copies between ranks, as they are now, and the settings. One all-reduce;
-    none where no rank has any, and all have the message of each step.
+    none where no rank has any.
 
     ``tensors``, ``settings``: None tells the others that this rank's parameters have changed.
 
     Raises:
         OwnershipError, SettingsError, OutdatedPlan: on every rank in scope alike.
     """
-    if not plan.compares:
+    if plan.compared == ():
         return
-    group, names, device = plan.scope.group(), plan.names if plan.compared != () else (), plan.device
+    group, names, device = plan.scope.group(), plan.names, plan.device
     assert group is not None
     message = torch.full((2 * WORDS, len(names) + 1), -math.inf, dtype=torch.float64, device=device)
-    if tensors is not None and names:
+    if tensors is not None:
         own = [tensors[i] for i in plan.positions]
         prints = gradient_prints(own, plan.placements, plan.compared or (), device)
         message[:, list(plan.rows)] = torch.cat([prints, -prints], dim=1).T.nan_to_num(nan=-math.inf)

@@ -52,7 +52,7 @@ class Plan:
         rounding: how far apart their copies have been said to be.
         wide: whether any is float64 (complex128), of which there are norms whose powers leave float64. Alike
             on all ranks: false for pipeline stages, which do not know each other's dtypes.
-        apart: whether there are ranks in scope that this one does not reach by the message of a step.
+        apart: whether the message of a step goes to some ranks in scope, and not to all.
     """
 
     parameters: tuple[ParameterInfo, ...]
@@ -73,11 +73,6 @@ class Plan:
     rounding: Rounding = field(default_factory=Rounding)
     wide: bool = False
     apart: bool = False
-
-    @property
-    def compares(self) -> bool:
-        """Whether ranks compare something now and then: gradients, or only how they are set."""
-        return self.apart or self.compared != ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,7 +164,7 @@ def build_plan(
         proven=agreed.proven,
         rounding=agreed.rounding,
         wide=scope.stages is None and any(t.dtype in (torch.float64, torch.complex128) for t in tensors),
-        apart=scope.size > (1 if group is None else group.size()),
+        apart=group is not None and group.size() < scope.size,
     )
 
 

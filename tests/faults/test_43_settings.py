@@ -343,28 +343,22 @@ def test_43_a_weight_on_one_rank(rank: int, p: float, calls: int) -> str:
     return refused(lambda: step(2.0 if rank else None), "weighted=True")
 
 
-@pytest.mark.parametrize("what", ["param_norms", "policy", "scaler"])
+@pytest.mark.parametrize("what", ["param_norms", "policy"])
 @on_ranks(4)
 def test_43_one_shard_group_of_two(rank: int, what: str) -> str:
-    """What only copies could tell is compared at calls 1, 2, 4, 8; until then nobody waits."""
+    """The message of a step does not reach the other: nobody waits for it, and norms are right."""
     model = planted(fully_shard(mlp(), mesh=mesh2(2, 2, "replicate", "shard")))  # type: ignore[arg-type]
     clipper, optimizer = made(model), torch.optim.SGD(model.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(torch.zeros(()))
-    odd = rank >= 2
-
-    def step(what: str = "") -> None:
+    norms = set()
+    for call in range(1, 10):
+        odd = rank >= 2 and call > 2
+        if what == "policy" and odd:
+            clipper.on_nonfinite = "zero"
         for p in model.parameters():
-            p.grad = p.grad.clone()
-        clipper.step(optimizer, scaler if what == "scaler" else None, param_norms=what == "param_norms")
-
-    step()
-    step()
-    if what == "policy" and odd:
-        clipper.on_nonfinite = "zero"
-    step(what if odd else "")
-    quoted = {"param_norms": "param_norms=True", "policy": "'zero'", "scaler": "loss scale 2"}[what]
-    return refused(lambda: step(what if odd else ""), quoted)
+            p.grad = torch.ones_like(p)
+        norms.add(float(clipper.step(optimizer, param_norms=what == "param_norms" and odd).total_norm))
+    assert len(norms) == 1
+    return str(norms)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
