@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.machine import require_programs
-from tests.starting import EXAMPLE, LAUNCH, environment, run
+from tests.starting import EXAMPLE, LAUNCH, LIMIT, environment, run
 
 CONFIGURATION = """
 ClusterName=distclip
@@ -90,7 +90,7 @@ def start(stack: ExitStack, *command: str, env: dict[str, str] | None = None) ->
     stack.callback(process.terminate)
 
 
-def wait_for(condition: object, directory: Path, seconds: float = 60) -> None:
+def wait_for(condition: object, directory: Path, seconds: float = LIMIT) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
