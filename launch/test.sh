@@ -8,6 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 bash launch/system.sh
 
-# Tests start ranks of their own, which mostly wait for each other: one core each, and more workers than cores.
-export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"
+export OMP_NUM_THREADS=1 # tests start ranks of their own: one core each
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
