@@ -11,7 +11,6 @@ that changed alone waits for the others in ``planning.arrival`` and says so.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -27,8 +26,10 @@ from distclip.current.reading import (
     Read,
     are_elsewhere,
     modules_of,
+    on_cpu,
     require_gradients_in_grad,
     say_what_changed,
+    tells_apart,
 )
 from distclip.decide.norms import Norms
 from distclip.errors import OwnershipError
@@ -94,6 +95,7 @@ class ParameterSet:
         self._life: weakref.ref[dist.ProcessGroup] | None = None
         self._calls = 0
         self._call_before = 0  # of the set that this one takes the place of
+        self._is_due = False  # whether gradients of plain copies are compared in this step
         self._names = Names()
 
     # --- is it current? ---------------------------------------------------------------------------------
@@ -122,13 +124,14 @@ class ParameterSet:
         asked = self.asked
         asked.beside = Beside(param_norms, weighted)
         asked.looks, compares = self._count_call()
+        self._is_due = False
         current = self._look(parameters, tensors)
         is_elsewhere = current is not None and asked.looks and are_elsewhere(current)
         if current is None or is_elsewhere or self._is_asked_otherwise():
             calls = self._calls if current is not None else 1
             settings = None if current is None or is_elsewhere else self._whole()
             if self.plan is not None and self._lives_on():
-                self._others().tell(compares, asked.expected(), settings)
+                self._others().tell(compares and not self._compares_late(), asked.expected(), settings)
             if settings is not None and self.plan is not None and self.plan.apart:
                 assert current is not None
                 asked.settle()  # as those have whom the message went to; a plan is made with others too
@@ -138,11 +141,9 @@ class ParameterSet:
         else:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
-            if (culprit == "DDP" or compares) and self.plan.compared != ():
-                try:
-                    require_equal_gradients(self.plan, current, self._whole())
-                except OutdatedPlan:
-                    raise OwnershipError(CHANGED_ELSEWHERE) from None
+            self._is_due = culprit == "DDP" or compares
+            if not self._compares_late():
+                self._compare(current)
         if not self._keep:
             self.groups = None, None
         return current
@@ -184,6 +185,19 @@ class ParameterSet:
             return None
         return tensors
 
+    def _compares_late(self) -> bool:
+        """A drop-in may know a list from before on some ranks only, which then compare in other calls. So the
+        message of the step comes first, which tells of other lists, and is as long for each."""
+        return not self._keep and self.plan is not None and self.plan.group_name is not None
+
+    def _compare(self, tensors: Sequence[Tensor]) -> None:
+        assert self.plan is not None
+        if self._is_due and self.plan.compared != ():
+            try:
+                require_equal_gradients(self.plan, tensors, self._whole())
+            except OutdatedPlan:
+                raise OwnershipError(CHANGED_ELSEWHERE) from None
+
     def _is_asked_otherwise(self) -> bool:
         """Whether this rank is set otherwise than was agreed upon, and nothing that is compared tells so; or
         would be the first to send another number of numbers."""
@@ -218,7 +232,7 @@ class ParameterSet:
         if self.plan is not None:
             self.asked.looks, compares = self._count_call()
             if self._lives_on():
-                self._others().tell(compares, Beside(weighted=self.asked.agreed.weighted))
+                self._others().tell(compares and not self._compares_late(), Beside())
             successor._call_before = self._calls
 
     def decline(self) -> None:
@@ -271,13 +285,15 @@ class ParameterSet:
                 raise OwnershipError(CHANGED_ELSEWHERE) from None
         if complaint is not None:
             raise complaint
+        if self._compares_late() and not torch.compiler.is_compiling():
+            self._compare(tensors)
         return gradients, norms, by_parameter
 
     def _plan_anew(self, parameters: Parameters) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
         call, self._call_before = self._call_before if self.plan is None else self._calls, 0
-        with torch.inference_mode(False), torch.no_grad(), _on_cpu():
+        with torch.inference_mode(False), torch.no_grad(), on_cpu():
             named: list[NamedParameter] = []
             read, complaint = None, None
             try:
@@ -301,7 +317,7 @@ class ParameterSet:
                 process_group,
                 stages,
                 everyone=self._strategy.uses_loss,
-                ordered=self.asked.agreed.param_norms or _tells_apart(self._strategy),
+                ordered=self.asked.agreed.param_norms or tells_apart(self._strategy),
                 averaged=synchronisation.averaged(),
                 settings=settings,
                 complaint=complaint,
@@ -382,15 +398,3 @@ class ParameterSet:
                 "(clipper.accumulate does), then clip."
             )
         return culprit
-
-
-def _on_cpu() -> contextlib.AbstractContextManager[object]:
-    """Numbers are made on the CPU, where the default device may be one without memory. (Only there, since
-    torch then passes each of its functions through Python.)"""
-    cpu = torch.device("cpu")
-    return contextlib.nullcontext() if torch.get_default_device() == cpu else cpu
-
-
-def _tells_apart(strategy: Strategy) -> bool:
-    """Whether which parameter is which matters to it."""
-    return strategy.per_parameter or strategy.per_unit or len(strategy.groups) > 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from distclip.layout import declarations
 from distclip.layout.declarations import Declared
 from distclip.layout.life import life_of
 from distclip.layout.parameters import NamedParameter, Parameters, named_parameters
+from distclip.strategies._base import Strategy
 
 logger = logging.getLogger("distclip")
 
@@ -104,3 +107,15 @@ def say_what_changed(before: Sequence[str], now: Sequence[str]) -> None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
+def on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Numbers are made on the CPU, where the default device may be one without memory. (Only there, since
+    torch then passes each of its functions through Python.)"""
+    cpu = torch.device("cpu")
+    return contextlib.nullcontext() if torch.get_default_device() == cpu else cpu
+
+
+def tells_apart(strategy: Strategy) -> bool:
+    """Whether which parameter is which matters to it."""
+    return strategy.per_parameter or strategy.per_unit or len(strategy.groups) > 1

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import distclip
 from tests import oracle
 from tests.faults.test_22_replaced import mlp, planted, sharded, tensor_parallel
 from tests.faults.ways import CLIPPERS, Way, assert_right, fill, raised
@@ -159,3 +160,23 @@ def test_lists_of_drop_ins_that_change_on_one_rank(rank: int, kind: str) -> str:
     error = raised(clip)
     assert error == "OwnershipError"
     return error
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5])
+@on_ranks(2)
+def test_a_list_that_is_known_on_one_rank_only(rank: int, rounds: int) -> str:
+    """Of which as many steps were taken as of no other: the calls in which copies are compared differ, and
+    the message of the step comes first, which is as long for each."""
+    model = sharded()
+    norm = nn.Linear(4, 4)
+    for p in [*model.parameters(), *norm.parameters()]:
+        p.grad = torch.ones_like(p)
+    whole, part = [*model.parameters(), *norm.parameters()], [*norm.parameters(), *model.parameters()]
+    distclip.total_grad_norm(whole)
+    for _ in range(rounds):
+        distclip.total_grad_norm(part)
+    extra = nn.Parameter(torch.ones(3))
+    extra.grad = torch.ones(3)
+    with pytest.raises(distclip.OwnershipError, match="Change them on every rank") as error:
+        distclip.total_grad_norm(whole if rank else [*whole, extra])
+    return type(error.value).__name__
