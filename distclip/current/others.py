@@ -118,9 +118,7 @@ CHANGED_ELSEWHERE = (
     "train), or something else keeps it from this step; not so on this rank. Nothing was clipped. Change "
     "them on every rank in the same step, or make a new Clipper on every rank then."
 )
-
-
 _ASKED_OTHERWISE = (
     "ranks are asked for different things in this step (another max_norm, a GradScaler on some of them, "
-    "another policy, param_norms=): nothing was clipped. Give every rank the same."
+    "another policy, param_norms= or weights): nothing was clipped. Give every rank the same."
 )

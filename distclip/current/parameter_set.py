@@ -134,6 +134,7 @@ class ParameterSet:
                 self._others().tell(compares and not self._compares_late(), asked.expected(), settings)
             if settings is not None and self.plan is not None and self.plan.apart:
                 assert current is not None
+                self._require_synchronised(current)
                 asked.settle()  # as those have whom the message went to; a plan is made with others too
             else:
                 current = self._plan_anew(parameters)
@@ -157,8 +158,7 @@ class ParameterSet:
         return looks, looks and not (self._calls == 1 and self._is_proven())
 
     def tensors_of(self, parameters: Parameters) -> list[Tensor]:
-        """As :meth:`make_current`, for something else than a step: every rank in scope calls this, or
-        none."""
+        """As :meth:`make_current`, for something else than a step: every rank in scope calls it, or none."""
         tensors = self._look(parameters)
         return self._plan_anew(parameters) if tensors is None else tensors
 

@@ -361,6 +361,22 @@ def test_43_one_shard_group_of_two(rank: int, what: str) -> str:
     return str(norms)
 
 
+@on_ranks(4)
+def test_43_param_norms_first_where_nothing_was_synchronised(rank: int) -> str:
+    """Under HSDP what is asked for later makes no new plan, which would look."""
+    model = fully_shard(mlp(), mesh=mesh2(2, 2, "replicate", "shard"))
+    clipper = made(model)
+    for call in range(3):
+        model.set_requires_gradient_sync(call < 2)  # type: ignore[attr-defined]
+        model(torch.full((2, 4), 1.0 + rank)).square().sum().backward()
+        if call < 2:
+            clipper.clip()
+            model.zero_grad()
+    with pytest.raises(ValueError, match="have not been synchronised") as error:
+        clipper.clip(param_norms=True)
+    return str(error.value)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("calls", [1, 2, 6])
 @on_ranks(2)
