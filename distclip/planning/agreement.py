@@ -229,9 +229,11 @@ def _name(info: ParameterInfo, placement: Placement) -> str:
 
 
 def _shape(info: ParameterInfo, dtype: torch.dtype, placement: Placement) -> str:
-    """With the dtype: by float64 ranks decide how many numbers they send."""
-    shape = "?" if _is_own(placement) else tuple(info.shape)
-    return f"{shape} ({str(dtype).removeprefix('torch.')})"
+    """With the dtype: by float64 ranks decide how many numbers they send. And with how it is cut: what comes
+    next asks along those axes."""
+    own, cuts = _is_own(placement), len(placement.shards)
+    cut = f", cut along {cuts} {'axis' if cuts == 1 else 'axes'}" if cuts and not own else ""
+    return f"{'?' if own else tuple(info.shape)} ({str(dtype).removeprefix('torch.')}{cut})"
 
 
 def _is_own(placement: Placement) -> bool:
