@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels
 from distclip.apply.change import OnNonfinite, change, resolve
-from distclip.current.known import known_of, set_like
+from distclip.current.known import Call, known_of, set_like
 from distclip.decide.decision import Scale
 from distclip.decide.norms import Norms
 from distclip.decide.transfer import bound_on
@@ -70,12 +70,13 @@ def clip_grad_norm_(
     """
     bound, p = require_bound("max_norm", max_norm), require_norm_type(norm_type)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
-    parameters, tensors, entry = known_of(parameters, p, stages, process_group, policy)
+    call = Call(
+        f"clip_grad_norm_(max_norm={bound}, norm_type={p}, {error_if_nonfinite=})", stages, process_group
+    )
+    parameters, tensors, entry = known_of(parameters, p, policy, call)
     with entry.alone():
-        known, strategy = entry.for_call(stages, process_group)
-        strategy.bound = bound
-        if not torch.compiler.is_compiling():
-            known.asked.of_step = f"clip_grad_norm_(max_norm={bound}, {error_if_nonfinite=})"
+        known, strategy = entry.for_call(call)
+        strategy.max_norm = bound
         gradients, norms, _ = known.measure(known.make_current(parameters, tensors))
         outcome = resolve(strategy.decide(norms), norms, policy)
         assert gradients is not None
@@ -101,11 +102,10 @@ def total_grad_norm(
         >>> norm = distclip.total_grad_norm(model)
     """
     p = require_norm_type(norm_type)
-    parameters, tensors, entry = known_of(parameters, p, stages, process_group, "propagate")
+    call = Call(f"total_grad_norm(norm_type={p})", stages, process_group)
+    parameters, tensors, entry = known_of(parameters, p, "propagate", call)
     with entry.alone():
-        known, _ = entry.for_call(stages, process_group)
-        if not torch.compiler.is_compiling():
-            known.asked.of_step = "total_grad_norm()"
+        known, _ = entry.for_call(call)
         return _with_exact(known.measure(known.make_current(parameters, tensors))[1])
 
 
@@ -160,7 +160,7 @@ def get_total_norm(
         holders.append(holder)
     known = set_like(holders, p, process_group)
     policy: OnNonfinite = "raise" if error_if_nonfinite else "propagate"
-    known.asked.of_step = f"get_total_norm({error_if_nonfinite=})"
+    known.asked.of_step = f"get_total_norm(norm_type={p}, {error_if_nonfinite=})"
     named = [(f"tensors[{i}]", holder) for i, holder in enumerate(holders)]
     norms = known.measure(known.make_current(named, holders))[1]
     unchanged = Scale(torch.ones_like(norms.total), torch.full_like(norms.total, math.inf))

@@ -16,7 +16,7 @@ class AsCalled(Strategy):
 
     def __init__(self, norm_type: float) -> None:
         super().__init__()
-        self.norm_type, self.bound = norm_type, math.inf
+        self.norm_type, self.max_norm = norm_type, math.inf
 
     def forward(self, norms: Norms) -> Decision:
-        return Scale(scale_to(norms.total, self.bound, 1e-6), torch.full_like(norms.total, self.bound))
+        return Scale(scale_to(norms.total, self.max_norm, 1e-6), torch.full_like(norms.total, self.max_norm))

@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -69,33 +69,36 @@ class Entry:
         """Around a call: another thread may measure the same parameters."""
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
 
-    def for_call(
-        self,
-        stages: dist.ProcessGroup | DeviceMesh | None,
-        process_group: dist.ProcessGroup | DeviceMesh | None,
-    ) -> tuple[ParameterSet, AsCalled]:
+    def for_call(self, call: Call) -> tuple[ParameterSet, AsCalled]:
         known = self.parameters
         assert known is not None  # the caller holds its tensors
-        known.groups = stages, process_group
+        known.groups = call.stages, call.process_group
+        if not torch.compiler.is_compiling():
+            known.asked.of_step = call.words
         return known, self.strategy
 
 
+class Call(NamedTuple):
+    """A call of a drop-in: in words, which are the same on every rank, and what it passes beside the list."""
+
+    words: str
+    stages: dist.ProcessGroup | DeviceMesh | None
+    process_group: dist.ProcessGroup | DeviceMesh | None
+
+
 def known_of(
-    parameters: Parameters,
-    norm_type: float,
-    stages: dist.ProcessGroup | DeviceMesh | None,
-    process_group: dist.ProcessGroup | DeviceMesh | None,
-    policy: str,
+    parameters: Parameters, norm_type: float, policy: str, call: Call
 ) -> tuple[Parameters, list[Tensor], Entry]:
-    parameters = freeze_source(parameters, may_be_empty=stages is not None or process_group is not None)
+    may_be_empty = call.stages is not None or call.process_group is not None
+    parameters = freeze_source(parameters, may_be_empty=may_be_empty)
     tensors = bare_tensors(parameters)
-    asked = (norm_type, _name_of(stages, "stages"), _name_of(process_group, "process_group"))
+    asked = (norm_type, _name_of(call.stages, "stages"), _name_of(call.process_group, "process_group"))
     key = (*asked, *map(id, tensors))
-    entry, former = _known.get(key), None
+    entry, former, otherwise = _known.get(key), None, None
     if entry is None or not torch.compiler.is_compiling():
         with _lock:
             if entry is None or entry.parameters is None:  # its tensors are gone, and these are others
-                former = _former_list(parameters, asked, tensors)
+                former, otherwise = _former_list(parameters, asked, tensors), _with_another_p(key)
                 entry = Entry(key, tensors, norm_type, policy)
                 _known[key] = _order[entry.number] = entry
                 while len(_order) > 1 and sum(e.size for e in _order.values()) > _MOST_KNOWN:
@@ -106,6 +109,8 @@ def known_of(
                 _order.move_to_end(entry.number)
     if former is not None:
         former.leave(entry.set)
+    elif otherwise is not None:
+        otherwise.leave(entry.set, call.words)
     if entry.parameters is not None and not torch.compiler.is_compiling():
         _note_source(parameters, asked, entry.parameters)
     return parameters, tensors, entry
@@ -126,6 +131,11 @@ def _former_list(
         if entry.key[: len(asked)] == asked and not ids.isdisjoint(entry.living):
             return entry.set if entry.meshes <= meshes else None
     return None
+
+
+def _with_another_p(key: tuple[Any, ...]) -> ParameterSet | None:
+    """The latest of these same tensors, in whose step the ranks wait that take the norm as before."""
+    return next((e.parameters for e in reversed(_order.values()) if e.key[1:] == key[1:]), None)
 
 
 def _meshes_of(tensors: Iterable[Any]) -> set[DeviceMesh | None]:

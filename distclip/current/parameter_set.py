@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distclip.current.as_called import AsCalled
 from distclip.current.asked import Asked, Beside, word_of
+from distclip.current.calls import Calls
 from distclip.current.names import Names
 from distclip.current.others import CHANGED_ELSEWHERE, Others
 from distclip.current.reading import (
@@ -93,7 +95,7 @@ class ParameterSet:
         self._synchronisation = Synchronisation([])
         self._managed: list[int] = []  # positions of those of FSDP1
         self._life: weakref.ref[dist.ProcessGroup] | None = None
-        self._calls = 0
+        self._calls = Calls()
         self._call_before = 0  # of the set that this one takes the place of
         self._is_due = False  # whether gradients of plain copies are compared in this step
         self._names = Names()
@@ -128,7 +130,7 @@ class ParameterSet:
         current = self._look(parameters, tensors)
         is_elsewhere = current is not None and asked.looks and are_elsewhere(current)
         if current is None or is_elsewhere or self._is_asked_otherwise():
-            calls = self._calls if current is not None else 1
+            calls = self._calls.number if current is not None or self.plan is None else 1
             settings = None if current is None or is_elsewhere else self._whole()
             if self.plan is not None and self._lives_on():
                 self._others().tell(compares and not self._compares_late(), asked.expected(), settings)
@@ -138,13 +140,13 @@ class ParameterSet:
                 asked.settle()  # as those have whom the message went to; a plan is made with others too
             else:
                 current = self._plan_anew(parameters)
-                self._calls = calls
+                self._calls.number = calls
         else:
             assert self.plan is not None
             culprit = self._require_synchronised(current)
             self._is_due = culprit == "DDP" or compares
             if not self._compares_late():
-                self._compare(current)
+                self.compare(current)
         if not self._keep:
             self.groups = None, None
         return current
@@ -153,9 +155,8 @@ class ParameterSet:
         """Whether to look closer in this one, and whether gradients of plain copies are compared."""
         if self.plan is not None and self._synchronisation.joins():
             return False, False  # some ranks may be absent
-        self._calls += 1
-        looks = self._calls & (self._calls - 1) == 0
-        return looks, looks and not (self._calls == 1 and self._is_proven())
+        looks = self._calls.another()
+        return looks, looks and not (self._calls.number == 1 and self._is_proven())
 
     def tensors_of(self, parameters: Parameters) -> list[Tensor]:
         """As :meth:`make_current`, for something else than a step: every rank in scope calls it, or none."""
@@ -177,8 +178,8 @@ class ParameterSet:
                 return None
             tensors = self._take(parameters, read)
         plan = self.plan
-        if plan.positions:  # module.to() changes plain parameters in place, and puts others for DTensors
-            first = tensors[plan.positions[0]]
+        if tensors:  # module.to() changes plain parameters in place, and puts others for DTensors
+            first = tensors[plan.positions[0] if plan.positions else 0]
             if first.device.type != plan.first_device_type or first.dtype != plan.first_dtype:
                 return None
         if plan.frozen and (begun_to_train(tensors, plan.frozen) or have_gradients(tensors, plan.frozen)):
@@ -186,13 +187,21 @@ class ParameterSet:
         return tensors
 
     def _compares_late(self) -> bool:
-        """A drop-in may know a list from before on some ranks only, which then compare in other calls. So the
-        message of the step comes first, which tells of other lists, and is as long for each."""
-        return not self._keep and self.plan is not None and self.plan.group_name is not None
+        """What is clipped as called is found by its list, which only some ranks may know from before, and
+        then compare in other calls. So the message of the step comes first, which tells of other lists, and
+        is as long for each; unless it does not go to all that compare."""
+        called, plan = isinstance(self._strategy, AsCalled), self.plan
+        return called and plan is not None and plan.group_name is not None and not plan.apart
 
-    def _compare(self, tensors: Sequence[Tensor]) -> None:
+    def compare(self, tensors: Sequence[Tensor]) -> None:
+        """The gradients of plain copies, where that is due in this step and has not been done.
+
+        Raises:
+            OwnershipError, SettingsError: on every rank.
+        """
         assert self.plan is not None
         if self._is_due and self.plan.compared != ():
+            self._is_due = False
             try:
                 require_equal_gradients(self.plan, tensors, self._whole())
             except OutdatedPlan:
@@ -222,18 +231,20 @@ class ParameterSet:
 
     # --- what to do where it is not -----------------------------------------------------------------------
 
-    def leave(self, successor: ParameterSet) -> None:
+    def leave(self, successor: ParameterSet, words: str = "") -> None:
         """In place of :meth:`make_current`, where what is to be clipped from now on is the successor's, on
-        this rank at least.
+        this rank at least. ``words``: for what, where that is another norm of the same tensors.
 
         Raises:
-            OwnershipError: only some ranks go there.
+            OwnershipError, SettingsError: only some ranks go there.
         """
         if self.plan is not None:
             self.asked.looks, compares = self._count_call()
             if self._lives_on():
-                self._others().tell(compares and not self._compares_late(), Beside())
-            successor._call_before = self._calls
+                settings = successor.asked.settings() | {"call": words} if words else None
+                self._others().tell(compares and not self._compares_late(), Beside(), settings)
+            successor._call_before = self._calls.number
+            successor._calls = self._calls if words else successor._calls
 
     def decline(self) -> None:
         """Something that only this rank may have noticed keeps it from the step: the others, who may wait in
@@ -244,7 +255,7 @@ class ParameterSet:
     def _others(self) -> Others:
         assert self.plan is not None
         assert self.measurement is not None
-        return Others(self.plan, self.measurement, self._calls, self.asked.looks)
+        return Others(self.plan, self.measurement, self._calls.number, self.asked.looks)
 
     def measure(
         self,
@@ -286,13 +297,13 @@ class ParameterSet:
         if complaint is not None:
             raise complaint
         if self._compares_late() and not torch.compiler.is_compiling():
-            self._compare(tensors)
+            self.compare(tensors)
         return gradients, norms, by_parameter
 
     def _plan_anew(self, parameters: Parameters) -> list[Tensor]:
         """Every rank in scope together."""
         before, (stages, process_group) = self._read, self.groups
-        call, self._call_before = self._call_before if self.plan is None else self._calls, 0
+        call, self._call_before = self._call_before if self.plan is None else self._calls.number, 0
         with torch.inference_mode(False), torch.no_grad(), on_cpu():
             named: list[NamedParameter] = []
             read, complaint = None, None
@@ -385,16 +396,4 @@ class ParameterSet:
         return self._synchronisation
 
     def _require_synchronised(self, tensors: Sequence[Tensor]) -> str | None:
-        """``"DDP"`` where the gradients have to be compared to know.
-
-        Raises:
-            ValueError: on every rank: the gradients there are now are only this rank's own.
-        """
-        culprit = self._synchronisation.was_off([tensors[i] for i in self._managed])
-        if culprit is not None and culprit != "DDP":
-            raise ValueError(
-                f"the gradients under {culprit} have not been synchronised: the last backward pass ran in "
-                "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
-                "(clipper.accumulate does), then clip."
-            )
-        return culprit
+        return self._synchronisation.require([tensors[i] for i in self._managed])

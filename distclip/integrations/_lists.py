@@ -69,15 +69,17 @@ class Lists:
                 self._lists[key] = self._lists.pop(former)
                 self._lists[key].hold(tensors, models)
                 return self._lists[key]
-            left = None
-            if norm_type is not None and self._options["stages"] is None:
-                left = self._left_by(norm_type, set(map(id, tensors)))
+            left, words = None, ""
+            if norm_type is not None:
+                left, words = self._with_another_p(key), f"norm_type={norm_type}"
+                if left is None and self._options["stages"] is None:
+                    left, words = self._left_by(norm_type, set(map(id, tensors))), ""
             self._drop_dead()
             strategy = self._strategy_of_one() if norm_type is None else AsCalled(norm_type)
             self._count += 1
             lst = ClippedList(self._count, tensors, models, strategy, self._on_nonfinite, self._options)
             if left is not None:
-                clipping_of(left.clipper).leave(clipping_of(lst.clipper))
+                clipping_of(left.clipper).leave(clipping_of(lst.clipper), words)
             if lst.decided and self._loaded:
                 load_if_it_fits(lst.clipper, self._loaded.pop(0))
             self._lists[key] = lst
@@ -92,6 +94,10 @@ class Lists:
             if key[0] == norm_type and not (lst.ids.isdisjoint(ids) and not lst.ids.isdisjoint(trained)):
                 return lst
         return None
+
+    def _with_another_p(self, key: tuple[Any, ...]) -> ClippedList | None:
+        """The latest of these same tensors, in whose step the ranks wait that take the norm as before."""
+        return next((lst for k, lst in reversed(self._lists.items()) if k[0] and k[1:] == key[1:]), None)
 
     def _former(self, tensors: list[Tensor]) -> tuple[Any, ...] | None:
         """The key of the list that the script has changed into this one, whose state goes on: it shares

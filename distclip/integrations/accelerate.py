@@ -240,7 +240,7 @@ class Installed:
         decided = self._strategy is not None and not math.isinf(bound)
         lst = self._lists.of(parameters, None if decided else p)
         if isinstance(lst.clipper.strategy, AsCalled):
-            lst.clipper.strategy.bound = bound
+            lst.clipper.strategy.max_norm = bound
         report = self._clip(lst, self._on_nonfinite if decided or self._strategy is None else "propagate")
         if decided or self._strategy is None:
             self.report, self.clipper = report, lst.clipper
@@ -256,7 +256,9 @@ class Installed:
         if self.has_scaler:
             self._optimizers.require_held(lst, owners, skips=False)
         if lst.seems_unsynchronised():
-            clipping_of(lst.clipper).begin()  # compares them, and raises if that is so
+            clipping = clipping_of(lst.clipper)
+            clipping.begin()
+            clipping.parameters.compare(lst.tensors)  # raises if that is so
         self._unscale(self._scaled(owners), lst)
         gradients = collect(lst.elementwise_plan(), lst.tensors)
         for bucket in gradients.buckets:
@@ -281,9 +283,10 @@ class Installed:
         clipping, owners = clipping_of(lst.clipper), self._optimizers.that_hold(lst)
         if policy == "skip" or self.has_scaler:
             self._optimizers.require_held(lst, owners, skips=policy == "skip")
-        scaled = self._scaled(owners)
+        scaled, called = self._scaled(owners), clipping.strategy
+        words = f", max_norm={called.max_norm}" if isinstance(called, AsCalled) else ""
         with self._scale_of_gradients():
-            clipping.begin(told(self._accelerator.scaler if self.has_scaler else None, owners))
+            clipping.begin(told(self._accelerator.scaler if self.has_scaler else None, owners) + words)
         inverse = None
         if scaled and scaled == owners and all(map(lst.covers, scaled)):
             # Unscaling joins the multiplication that clips, found_inf the norm's one reduction.

@@ -156,6 +156,22 @@ class Synchronisation:
             return "FSDP1"  # NO_SHARD, whose gradients do not tell, still in no_sync()
         return None
 
+    def require(self, tensors: Sequence[Tensor]) -> str | None:
+        """``"DDP"`` where the gradients have to be compared to know whether they are synchronised.
+        ``tensors``: as for :meth:`was_off`.
+
+        Raises:
+            ValueError: on every rank: they are only this rank's own.
+        """
+        culprit = self.was_off(tensors)
+        if culprit is not None and culprit != "DDP":
+            raise ValueError(
+                f"the gradients under {culprit} have not been synchronised: the last backward pass ran in "
+                "no_sync() or after set_requires_gradient_sync(False). Synchronise in the last micro-batch "
+                "(clipper.accumulate does), then clip."
+            )
+        return culprit
+
     def _ddp_was_off(self) -> bool:
         """Whether DDP has synchronised nothing since the last call (before the first: ever), and its last
         forward pass said so.

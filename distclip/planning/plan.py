@@ -45,7 +45,7 @@ class Plan:
             of every parameter, so that nothing needs to be reduced.
         device: where the message and the norms live.
         frozen: positions of the parameters that did not require a gradient when the plan was made.
-        first_device_type, first_dtype: of the first parameter.
+        first_device_type, first_dtype: of the first parameter that trains; of the first, where none does.
         compared: by parameter index, those whose gradients ranks compare now and then; None where only other
             ranks have some, and this one joins.
         proven: whether all of these had finite gradients on every rank when the plan was made.
@@ -133,6 +133,7 @@ def build_plan(
             agree([], [], [], scope, settings or {}, None, said, call)
         raise complaint
     tensors = [p.tensor for p in parameters]
+    first = (tensors or [p.tensor for p in named] or [torch.empty(())])[0]
     places = order_in_modules(tensors) if ordered and scope.size > 1 and _are_bare(infos) else None
     agreed = agree(parameters, infos, placements, scope, settings or {}, places, call=call)
     if everyone and scope.size > 1:
@@ -158,8 +159,8 @@ def build_plan(
         group_name=None if group is None else group.group_name,
         device=message_device(group, tensors, accelerated=agreed.accelerated),
         frozen=tuple(sorted(set(positions.values()) - set(trains))),
-        first_device_type=tensors[0].device.type if tensors else "cpu",
-        first_dtype=tensors[0].dtype if tensors else torch.float32,
+        first_device_type=first.device.type,
+        first_dtype=first.dtype,
         compared=agreed.comparable,
         proven=agreed.proven,
         rounding=agreed.rounding,

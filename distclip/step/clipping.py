@@ -190,13 +190,16 @@ class Clipping:
         """After :meth:`begin`, in place of what measures: where that cannot be on this rank, which raises."""
         self.parameters.decline()
 
-    def leave(self, successor: Clipping) -> None:
+    def leave(self, successor: Clipping, words: str = "") -> None:
         """In place of :meth:`begin`: that other one goes on from here, if it does on every rank.
 
+        Args:
+            words: for what, where that is another norm of the same parameters.
+
         Raises:
-            OwnershipError: on every rank: some go on with this one.
+            OwnershipError, SettingsError: on every rank: some go on with this one.
         """
-        self.parameters.leave(successor.parameters)
+        self.parameters.leave(successor.parameters, words)
 
     def carry_out(
         self,
@@ -310,11 +313,12 @@ class Clipping:
         divisor = reciprocal(coefficient)
         return torch.where(coefficient == 0, divisor, divisor.clamp(max=LARGEST))
 
-    def measure(self, gradients: Gradients) -> Norms:
-        """The norms of gradients that have been collected, as the strategy gets them."""
-        measurement = self.parameters.measurement
-        assert measurement is not None  # made with the plan, which the caller has asked for
-        return measurement.norms(self.parameters.tensors, gradients)[0]
+    def measure(self) -> tuple[Gradients, Norms]:
+        """The gradients, and their norms as the strategy gets them; after :meth:`begin`."""
+        parameters = self.parameters
+        gradients, norms, _ = parameters.measure(parameters.tensors)
+        assert parameters.measurement is not None
+        return gradients or parameters.measurement.collect(parameters.tensors), norms
 
     def _note_use(self, plan: Plan) -> None:
         """What is looked at in the first clip."""

@@ -9,7 +9,6 @@ from distclip import kernels
 from distclip.apply.loss_scale import LossScale, record, told
 from distclip.apply.optimizer_step import require_covered
 from distclip.clipper import Clipper, clipping_of
-from distclip.measure.gradients import collect
 from distclip.torch_private.grad_scaler import states
 
 
@@ -35,19 +34,21 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
     """
     clipping = clipping_of(clipper)
     plan = clipping.begin(told(scaler, [optimizer]))
-    require_covered([optimizer], clipping.tensors)
-    _ = states(scaler)[id(optimizer)]  # where clipper.step() has just used them, this says so
-    loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
-    if loss_scale.scaler is None:
-        return
-    if loss_scale.inverse is None:
-        raise ValueError("the gradients of this optimizer have been unscaled already since scaler.update()")
     try:
-        gradients = collect(plan, clipping.tensors)
+        require_covered([optimizer], clipping.tensors)
+        if scaler.is_enabled():
+            _ = states(scaler)[id(optimizer)]  # where clipper.step() has just used them, this says so
+        loss_scale = LossScale.of(scaler, [optimizer], plan.device if plan.scope.stages else None)
+        if loss_scale.scaler is not None and loss_scale.inverse is None:
+            raise ValueError(
+                "the gradients of this optimizer have been unscaled already since scaler.update()"
+            )
     except ValueError:
         clipping.decline()
         raise
-    total = clipping.measure(gradients).total
+    if loss_scale.scaler is None or loss_scale.inverse is None:
+        return
+    gradients, norms = clipping.measure()
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for bucket in gradients.buckets:
         mine = [
@@ -59,4 +60,4 @@ def unscale_(scaler: GradScaler, optimizer: torch.optim.Optimizer, clipper: Clip
             kernels.scale_(mine, loss_scale.inverse.to(mine[0].device))
     gradients.rebuilt[:] = [(p, g) for p, g in gradients.rebuilt if id(p) in own]
     gradients.commit()
-    record(scaler, optimizer, ~torch.isfinite(total), OptState.UNSCALED)
+    record(scaler, optimizer, ~torch.isfinite(norms.total), OptState.UNSCALED)

@@ -195,13 +195,16 @@ def declared(world: World, rng: random.Random, _: Any) -> None:
     net, whole = _net(world, rng), rng.random() < 0.7
     item = net.norm if whole else net.gain
     distclip.declare(item, sharded_over=dist.group.WORLD)
+    world.said.append(item)
     world.own = [(i, c) for i, c in world.own if i is not item]
     world.own.append((item, dist.get_rank()))
 
 
 @change("declared: an ordinary replica", fits=lambda w, _: w.kind in ("replicas", "TP", "DDP"))
 def declared_replica(world: World, rng: random.Random, _: Any) -> None:
-    distclip.declare(_net(world, rng).head, sharded_over=())
+    head = _net(world, rng).head
+    distclip.declare(head, sharded_over=())
+    world.said.append(head)
 
 
 @change("an expert's weight replaced", fits=lambda w, _: w.kind == "experts")

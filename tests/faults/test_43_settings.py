@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
 from distclip import AGC, AdaGC, Chain, GlobalNorm, Percentile, PerGroup, PerParameter, Strategy, Value, ZClip
+from distclip.integrations.accelerate import install
 from distclip.planning.settings import described
+from tests import oracle
 from tests.harness import on_ranks
+from tests.integrations.accelerators import accelerator
 from tests.layouts import mesh1, mesh2
 
 # --- one process: what is told apart, and what is not ---------------------------------------------------
@@ -325,6 +330,34 @@ def test_43_another_scale_in_the_sixth_step(rank: int, layout: str) -> str:
     return refused(lambda: clipper.step(optimizer, scaler), "scale 2", "scale 8")
 
 
+@pytest.mark.parametrize("other", ["no loss scale", "scale 8"])
+@pytest.mark.parametrize("layout", ["FSDP2", "TP", "stages"])
+@on_ranks(2)
+def test_43_unscaled_with_another_scale_in_the_sixth_step(rank: int, layout: str, other: str) -> str:
+    """With torch's order of calls. A rank whose scaler is off has nothing to unscale, and clips."""
+    source, kwargs = LAYOUTS[layout]()
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    clipper = made(source, **kwargs)
+
+    def step() -> None:
+        distclip.unscale_(scaler, optimizer, clipper)
+        clipper.clip()
+        scaler.step(optimizer)
+        scaler.update()
+        for p in source.parameters():
+            p.grad = p.grad.clone()
+
+    for _ in range(5):
+        step()
+    if rank == 1 and other == "scale 8":
+        scaler.update(8.0)
+    elif rank == 1:
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return refused(step, "scale 2", other)
+
+
 @pytest.mark.parametrize("p", [2.0, torch.inf])
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
 @on_ranks(2)
@@ -425,12 +458,57 @@ ASKED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]]
         lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw) if r else distclip.total_grad_norm(s, **kw),
         ("total_grad_norm", "clip_grad_norm_"),
     ),
+    "p": (
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, **kw),
+        lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, [2, 1][r], **kw),
+        ("norm_type=1.0", "norm_type=2.0"),
+    ),
+    "p, of a list": (
+        lambda s, r, **kw: distclip.total_grad_norm(list(s.parameters()), **kw),
+        lambda s, r, **kw: distclip.total_grad_norm(list(s.parameters()), [2, torch.inf][r], **kw),
+        ("norm_type=inf", "norm_type=2.0"),
+    ),
+    "p, both known": (
+        lambda s, r, **kw: [distclip.total_grad_norm(s, p, **kw) for p in (1, 2)],
+        lambda s, r, **kw: distclip.total_grad_norm(s, [2, 1][r], **kw),
+        ("norm_type=1.0", "norm_type=2.0"),
+    ),
+    "p = ∞ and 2, both known": (
+        lambda s, r, **kw: [distclip.total_grad_norm(s, p, **kw) for p in (torch.inf, 2)],
+        lambda s, r, **kw: distclip.total_grad_norm(s, [2, torch.inf][r], **kw),
+        ("norm_type=inf", "norm_type=2.0"),
+    ),
     "p = ∞": (
         lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0, torch.inf, **kw),
         lambda s, r, **kw: distclip.clip_grad_norm_(s, 1.0 + r, torch.inf, **kw),
         ("=1.0", "=2.0"),
     ),
 }
+
+
+def norm_of(source: nn.Module, p: float, stages: Any = None) -> float:
+    own = oracle.norm(oracle.dense_gradients(source.parameters()), p)
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, own)
+    return float(torch.linalg.vector_norm(torch.tensor(every), p)) if stages is not None else own
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on_ranks(2)
+def test_43_another_p_on_all_ranks(rank: int, layout: str) -> None:
+    """One message more for each p, once."""
+    source, kwargs = LAYOUTS[layout]()
+    want: dict[float, float] = {}
+    messages = 0
+    for step in range(8):
+        for p in (2, 1, 3, torch.inf):
+            with CommDebugMode() as comm:
+                norm = distclip.total_grad_norm(source, p, **kwargs)
+            assert norm.item() == pytest.approx(want.setdefault(p, norm_of(source, p, **kwargs)), rel=1e-5)
+            messages += comm.get_total_counts() if step else 0
+    compared = 0 if layout in ("FSDP2", "TP") else 3  # in the 8th, the 16th and the 32nd call
+    measured = 0 if layout in ("plain", "DDP") else 7 * 4
+    assert messages == measured + compared
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -441,6 +519,21 @@ def test_43_asked_otherwise_after_a_call_that_was_alike(rank: int, layout: str, 
     before, then, quoted = ASKED[name]
     before(source, rank, **kwargs)
     return refused(lambda: then(source, rank, **kwargs), *quoted)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+@pytest.mark.parametrize("other", [{"max_norm": 2.0}, {"norm_type": 1}, {"norm_type": math.inf}])
+@on_ranks(2)
+def test_43_accelerate_as_called(rank: int, other: dict[str, float], calls: int) -> str:
+    """By some ranks otherwise, after so many calls that were alike."""
+    model = planted(fully_shard(mlp(), mesh=mesh1(2)))  # type: ignore[arg-type]
+    ((what, value),) = other.items()
+    with accelerator("fsdp2") as a, install(a):
+        a._models.append(model)
+        for _ in range(calls):
+            a.clip_grad_norm_(model.parameters(), 1.0, 2)
+        call = {"max_norm": 1.0, "norm_type": 2.0} | (other if rank else {})
+        return refused(lambda: a.clip_grad_norm_(model.parameters(), **call), f"{what}={float(value)}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -461,7 +554,9 @@ def test_43_drop_ins(rank: int, layout: str) -> list[str]:
     tensors = list(source.parameters())
     return [
         refused(lambda: distclip.clip_grad_norm_(source, 1.0, 1 + rank, **kwargs), "=1.0", "=2.0"),
-        refused(lambda: distclip.clip_grad_norm_(tensors, 1.0 + rank, **kwargs), "bound=1.0", "bound=2.0"),
+        refused(
+            lambda: distclip.clip_grad_norm_(tensors, 1.0 + rank, **kwargs), "max_norm=1.0", "max_norm=2.0"
+        ),
         refused(lambda: distclip.total_grad_norm(source, [3, 0.5][rank], **kwargs), "=3.0", "=0.5"),
         refused(
             lambda: distclip.clip_grad_norm_(source, 1.0, 3, error_if_nonfinite=rank == 1, **kwargs),

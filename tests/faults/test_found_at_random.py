@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+from distclip.integrations.accelerate import install
 from tests import oracle
 from tests.faults.test_22_replaced import mlp, planted, sharded, tensor_parallel
 from tests.faults.ways import CLIPPERS, Way, assert_right, fill, raised
 from tests.harness import on_ranks
+from tests.integrations.accelerators import accelerator
 from tests.layouts import mesh2
 
 
@@ -162,9 +167,10 @@ def test_lists_of_drop_ins_that_change_on_one_rank(rank: int, kind: str) -> str:
     return error
 
 
+@pytest.mark.parametrize("way", ["function", "accelerate"])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5])
 @on_ranks(2)
-def test_a_list_that_is_known_on_one_rank_only(rank: int, rounds: int) -> str:
+def test_a_list_that_is_known_on_one_rank_only(rank: int, rounds: int, way: str) -> str:
     """Of which as many steps were taken as of no other: the calls in which copies are compared differ, and
     the message of the step comes first, which is as long for each."""
     model = sharded()
@@ -172,11 +178,18 @@ def test_a_list_that_is_known_on_one_rank_only(rank: int, rounds: int) -> str:
     for p in [*model.parameters(), *norm.parameters()]:
         p.grad = torch.ones_like(p)
     whole, part = [*model.parameters(), *norm.parameters()], [*norm.parameters(), *model.parameters()]
-    distclip.total_grad_norm(whole)
-    for _ in range(rounds):
-        distclip.total_grad_norm(part)
     extra = nn.Parameter(torch.ones(3))
     extra.grad = torch.ones(3)
-    with pytest.raises(distclip.OwnershipError, match="Change them on every rank") as error:
-        distclip.total_grad_norm(whole if rank else [*whole, extra])
+    with contextlib.ExitStack() as stack:
+        measure = distclip.total_grad_norm
+        if way == "accelerate":
+            a = stack.enter_context(accelerator("fsdp2"))
+            a._models += [model, norm]
+            stack.enter_context(install(a))
+            measure = partial(a.clip_grad_norm_, max_norm=math.inf)
+        measure(whole)
+        for _ in range(rounds):
+            measure(part)
+        with pytest.raises(distclip.OwnershipError, match="Change them on every rank") as error:
+            measure(whole if rank else [*whole, extra])
     return type(error.value).__name__

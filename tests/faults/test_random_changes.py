@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distclip
+from distclip.clipper import clipping_of
 from tests.faults.changes import CHANGES, SPOILT
 from tests.faults.worlds import SIZE, Net, World, draw, local_of
 from tests.harness import Job, RankFailure, on_ranks, pool
@@ -225,10 +226,10 @@ class Round:
         self.planned: list[tuple[str, Tensor, bool]] | None = None
         self.kinds: list[str] = []
         self.is_unlike = False  # something has been changed on some ranks only
-        self.declared = 0
         self.is_pure = self.has_evaluated = False
         self.trained = world.trained
         self.steps: list[Step] = []
+        self.circle = world.circle
 
     def _source(self) -> Any:
         world = self.world
@@ -280,7 +281,7 @@ class Round:
             dist.all_reduce(failed, op=dist.ReduceOp.MAX)
             if failed.item():
                 break
-        return Played(self.seed, self.world.mates, self.world.circle, self.words, self.steps)
+        return Played(self.seed, self.world.mates, self.circle, self.words, self.steps)
 
     def _change(self) -> None:
         rng, world = self.rng, self.world
@@ -318,7 +319,6 @@ class Round:
             self.is_unlike = self.is_unlike or holds_on
             if dist.get_rank() in ranks:
                 CHANGES[words].run(world, own, self.optimizer)
-                self.declared += words.startswith("declared")
             if words == FROZEN and world.kind == "DDP on two ranks each":
                 self.is_unlike = True  # nothing is left that tells which ranks train together
             if not harmless:
@@ -425,12 +425,21 @@ class Round:
         elif step.ended == "right":
             oracle.is_lost = True  # what was learned is not known
         if is_changed_alike and step.ended == "right":
-            self.planned, self.kinds, self.declared = state, kinds, 0
+            self.planned, self.kinds = state, kinds
+            world.said.clear()
+            self.circle = self._circle()
         # Stages and pieces bring a message in every step.
         self.is_pure = (
             not any(piece for m in mates for _, _, piece in m[4]) and len({m[0] for m in mates}) == 1
         )
         return step
+
+    def _circle(self) -> tuple[int, ...]:
+        """The ranks that the message of a step goes to; copies among them may be none of them any more."""
+        plan = None if self.clipper is None else clipping_of(self.clipper).parameters.plan
+        if plan is None or plan.group is None:
+            return self.world.circle
+        return tuple(dist.get_process_group_ranks(plan.group))
 
     def _is_refused(self, whole: dict[Key, tuple[float, float]]) -> bool:
         is_finite = all(math.isfinite(s) for s, _ in whole.values())
@@ -438,7 +447,14 @@ class Round:
 
     def _has_changed(self, state: list[tuple[str, Tensor, bool]]) -> bool:
         """What distclip must notice: other tensors, or some that have begun to train, or a declaration."""
-        if self.planned is None or self.declared:
+        if self.planned is None:
+            return True
+        said = {
+            id(p)
+            for item in self.world.said
+            for p in ([item] if isinstance(item, Tensor) else item.parameters())
+        }
+        if not said.isdisjoint(id(p) for _, p, _ in state):
             return True
         names = [(n, id(p)) for n, p, _ in state]
         if names != [(n, id(p)) for n, p, _ in self.planned]:

@@ -70,6 +70,7 @@ class World:
     mesh: Any = None
     ep: Any = None
     keep: list[Any] = field(default_factory=list)
+    said: list[nn.Module | Tensor] = field(default_factory=list)  # of which something has been declared since
     _ever_own: list[tuple[Tensor, int]] = field(default_factory=list)  # which lists may hold on
 
     def nets(self) -> list[Any]:
