@@ -224,12 +224,13 @@ class Round:
                 **world.kwargs,
             )
         self.planned: list[tuple[str, Tensor, bool]] | None = None
-        self.kinds: list[str] = []
+        self.dtypes: dict[int, torch.dtype] = {}  # by the id of what was planned for
         self.is_unlike = False  # something has been changed on some ranks only
         self.is_pure = self.has_evaluated = False
         self.trained = world.trained
         self.steps: list[Step] = []
         self.circle = world.circle
+        self.one: int | None = None  # the only rank that changes by itself, where not all hear of it
 
     def _source(self) -> Any:
         world = self.world
@@ -311,7 +312,10 @@ class Round:
             if on_some and CHANGES[words].some and not cannot_tell:
                 # (Where all change to whom a step's message goes, they wait for their copies.)
                 is_part = len(world.circle) < len(world.mates)
-                ranks = [one] if self.alone or is_part else sorted(some)
+                if is_part:
+                    one = self.one = one if self.one is None else self.one
+                if not (words == FROZEN and world.kind == "TP on two ranks each"):  # where it tells as little
+                    ranks = [one] if self.alone or is_part else sorted(some)
             self._say(f"{words}" + (f" on rank(s) {ranks}" if len(ranks) < SIZE else ""))
             self.is_unlike = self.is_unlike or (len(ranks) < SIZE and not harmless)
             # What lists hold on of a module is not declared by its name there any more.
@@ -390,7 +394,7 @@ class Round:
         flat = world.flat is not None
         shapes = [(n, () if flat else tuple(p.shape), len(world.piece_of(p))) for n, p in trains]
         kinds = [str(p.dtype) for _, p in trains]
-        converted = self.planned is not None and set(kinds) != set(self.kinds)
+        converted = any(self.dtypes.get(id(p), p.dtype) != p.dtype for _, p in trains)
         mine = (world.stage, self._has_changed(state), shapes, kinds, terms, converted)
         everyone: list[Any] = [None] * SIZE
         dist.all_gather_object(everyone, mine)
@@ -425,7 +429,7 @@ class Round:
         elif step.ended == "right":
             oracle.is_lost = True  # what was learned is not known
         if is_changed_alike and step.ended == "right":
-            self.planned, self.kinds = state, kinds
+            self.planned, self.dtypes = state, {id(p): p.dtype for _, p in listed}
             world.said.clear()
             self.circle = self._circle()
         # Stages and pieces bring a message in every step.
