@@ -25,9 +25,8 @@ FRAMEWORKS = ("accelerate", "transformers", "lightning", "megatron-core")
 HEAD = """\
 # What distclip was run with
 
-Every row is a run of the tests in an environment of its own, by `launch/matrix.sh`, which also writes this page.
-On the CPU, with gloo; tests that need a GPU are skipped there. `distclip doctor` says whether what you have is
-in this table.
+Every row is a run of the tests in an environment of its own, by `launch/matrix.sh`, which also writes this
+page. On the CPU, with gloo. `distclip doctor` says whether what you have is in this table.
 
 | torch | Python | frameworks | tests | passed | failed | skipped | minutes | date |
 |---|---|---|---|---|---|---|---|---|
@@ -103,7 +102,8 @@ def main(arguments: list[str]) -> None:
     if arguments:
         name, tests, junit, seconds = arguments
         rows[name] = row_of(tests, Path(junit), float(seconds))
-    order = [line.split()[0] for line in (ROOT / "launch" / "matrix.sh").read_text().split('rows="')[1].split('"')[0].splitlines() if line]
+    script = (ROOT / "launch" / "matrix.sh").read_text()
+    order = [line.split()[0] for line in script.split('rows="')[1].split('"')[0].splitlines() if line]
     rows = {name: rows[name] for name in order if name in rows}
     DATA.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page_of(rows))

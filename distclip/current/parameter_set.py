@@ -319,9 +319,9 @@ class ParameterSet:
                 complaint = error
                 named = [p for p in named if not torch.nn.parameter.is_lazy(p.tensor)]  # which have no shape
             tensors = [p.tensor for p in named]
-            synchronisation = Synchronisation(
-                [*modules_of(parameters), *self._watched], tensors, keep=self._keep
-            )
+            modules = [*modules_of(parameters), *self._watched]
+            synchronisation = Synchronisation(modules, tensors, keep=self._keep)
+            complaint = complaint or synchronisation.not_final()
             self.plan, settings = None, self.asked.for_plan()
             plan = build_plan(
                 self._names.told_apart(named),

@@ -178,7 +178,11 @@ class ClippedList:
         """As far as DDP and FSDP tell, alike on every rank and without asking the others."""
         if self._synchronisation is None:
             self._synchronisation = Synchronisation(self.models, self.tensors)
-        return self._synchronisation.was_off([t for t in self.tensors if hasattr(t, MANAGED)]) is not None
+        found = self._synchronisation
+        return (
+            found.not_final() is not None
+            or found.was_off([t for t in self.tensors if hasattr(t, MANAGED)]) is not None
+        )
 
     def elementwise_plan(self) -> Plan:
         """For changes that need no other rank; the clipper's own plan would ask them."""

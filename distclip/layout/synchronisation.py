@@ -83,6 +83,7 @@ class Synchronisation:
         self._ddp = held([m for m in everyone if isinstance(m, DistributedDataParallel)])
         self._fsdp1 = held([m for m in known if is_fsdp1(m)])
         self._groups = held(groups)
+        self._fsdp2 = held([m for m in everyone if is_fsdp2(m)])
         # One parameter that trains tells for its whole FSDP2 group.
         witnesses = [
             next((m for m in each if fsdp.sharded_parameter(m).requires_grad), None) for each in members
@@ -163,6 +164,8 @@ class Synchronisation:
         Raises:
             ValueError: on every rank: they are only this rank's own.
         """
+        if (error := self.not_final()) is not None:
+            raise error
         culprit = self.was_off(tensors)
         if culprit is not None and culprit != "DDP":
             raise ValueError(
@@ -171,6 +174,19 @@ class Synchronisation:
                 "(clipper.accumulate does), then clip."
             )
         return culprit
+
+    def not_final(self) -> ValueError | None:
+        """To be raised on every rank: gradients wait for ``finalize_backward()``, which torch has since
+        2.15."""
+        late = "DDP" if any(map(ddp.awaits_finalization, self._ddp)) else None
+        late = late or ("FSDP2" if any(map(fsdp.awaits_finalization, self._fsdp2)) else None)
+        if late is None:
+            return None
+        return ValueError(
+            f"the gradients under {late} are not final: finalization of backward is manual, and "
+            "finalize_backward() has not been called since the last backward pass (or the handle that it "
+            "returned has not been waited for). Do that, then clip."
+        )
 
     def _ddp_was_off(self) -> bool:
         """Whether DDP has synchronised nothing since the last call (before the first: ever), and its last
@@ -195,10 +211,11 @@ def _others(known: Sequence[nn.Module], tensors: Sequence[Tensor]) -> list[nn.Mo
     own = {id(t) for t in tensors if t.requires_grad}
     covered = {id(p) for m in known for p in m.parameters()}
     found: list[nn.Module] = []
-    sharded = [t for t in tensors if isinstance(t, DTensor) and id(t) not in covered]
-    if sharded and "torch.distributed.fsdp" in sys.modules:
-        for module in fsdp.modules_with_state():
-            if is_fsdp2(module) and any(id(p) in own for p in module.parameters()):
+    sharded = any(isinstance(t, DTensor) and id(t) not in covered for t in tensors)
+    if not own <= covered and "torch.distributed.fsdp" in sys.modules:
+        for module in filter(is_fsdp2, fsdp.modules_with_state()):
+            whole = fsdp.awaits_finalization(module)  # until then its parameters are plain
+            if (sharded or whole) and any(id(p) in own for p in module.parameters()):
                 found.append(module)
     if any(
         t.requires_grad and id(t) not in covered and not isinstance(t, DTensor) and not hasattr(t, MANAGED)

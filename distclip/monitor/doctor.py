@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from distclip._version import __version__
 from distclip.inspection.advice import NEVER_STEPS, OFTEN
+from distclip.inspection.compatibility import release_numbers, standing
 from distclip.launching import VARIABLES, launch_problems
 from distclip.monitor.recommendation import Recommendation, recommend
 from distclip.monitor.run import HistoryError, Run
@@ -28,8 +29,6 @@ LIBRARIES = (
     "plotly",
     "matplotlib",
     "tensorboard",
-    "accelerate",
-    "transformers",
 )
 
 
@@ -54,14 +53,9 @@ class Finding:
 def examine_installation(environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """torch, devices, backends, launch variables, optional libraries."""
     found = [
-        Finding("ok", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("ok", "distclip", __version__),
+        Finding("ok", "distclip", f"{__version__} on {platform.system()} {platform.machine()}"),
+        *_compatibility(),
     ]
-    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
-    if numbers < (2, 6):
-        found.append(Finding("problem", "torch", f"{torch.__version__}: distclip needs 2.6 or newer"))
-    else:
-        found.append(Finding("ok", "torch", torch.__version__))
     found.append(_devices())
     if not dist.is_available():
         found.append(Finding("problem", "backends", "this torch is built without torch.distributed"))
@@ -81,6 +75,18 @@ def examine_installation(environment: Mapping[str, str] = os.environ) -> list[Fi
     have = {name: _version(name) for name in LIBRARIES}
     listed = ", ".join(f"{name} {found_version}" for name, found_version in have.items() if found_version)
     found.append(Finding("ok", "libraries", listed))
+    return found
+
+
+def _compatibility() -> list[Finding]:
+    """Whether distclip was run with what is installed."""
+    found = []
+    for name, (release, where) in standing().items():
+        if name == "torch" and release_numbers(release) < (2, 6):
+            found.append(Finding("problem", name, f"{release}: distclip needs 2.6 or newer"))
+        else:
+            level: Literal["ok", "note"] = "ok" if where == "tested" else "note"
+            found.append(Finding(level, name, f"{release}, {where}"))
     return found
 
 

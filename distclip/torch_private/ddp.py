@@ -37,6 +37,18 @@ def synchronises(model: DistributedDataParallel) -> bool:
     return bool(model.require_forward_param_sync)
 
 
+def awaits_finalization(model: DistributedDataParallel) -> bool:
+    """Whether a backward pass waits for ``finalize_backward()``: since 2.15, where
+    ``require_manual_backward_finalization`` is set; before, no."""
+    if not getattr(model, "require_manual_backward_finalization", False):
+        return False
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    return False
+
+
 def backward_times(model: DistributedDataParallel) -> list[int]:
     """When, in the last backward pass that it averaged, which gradient was there, from the first on; [] where
     it has no reducer (any more)."""

@@ -122,9 +122,10 @@ def sharded_parameter(member: Any) -> nn.Parameter:
 
 def unsharded_gradients(member: Any) -> list[Tensor | None]:
     """What this rank has accumulated of a whole gradient, without synchronisation: in the parameter's dtype,
-    and in that of the reduction."""
+    and in that of the reduction. (Since 2.15 there is one of them only.)"""
     unsharded = getattr(member, "_unsharded_param", None)  # there is none before the first forward pass
-    return [None if unsharded is None else unsharded.grad, member.unsharded_accumulated_grad]
+    own, accumulated = None if unsharded is None else unsharded.grad, member.unsharded_accumulated_grad
+    return [own, None if accumulated is own else accumulated]
 
 
 def holds_unsharded_gradient(member: Any) -> bool:
@@ -133,6 +134,14 @@ def holds_unsharded_gradient(member: Any) -> bool:
         return True
     unsharded = getattr(member, "_unsharded_param", None)
     return unsharded is not None and unsharded.grad is not None
+
+
+def awaits_finalization(module: Any) -> bool:
+    """Whether a backward pass of the FSDP2 module waits for ``finalize_backward()``, or for ``wait()`` of the
+    handle that this returned: since 2.15, after ``set_manual_backward_finalization(True)``; before, no."""
+    context = getattr(module._get_fsdp_state(), "_state_ctx", None)
+    active = getattr(context, "manual_backward_finalization_active", None)
+    return bool(active or getattr(context, "gradient_reduction_pending", False))
 
 
 def is_partly_reduced(group: Any) -> bool:

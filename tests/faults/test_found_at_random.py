@@ -77,8 +77,8 @@ def test_another_dtype_in_every_stage(rank: int, dtype: torch.dtype, way: str) -
     """In one stage ``module.to()`` changes the parameters in place, in the other it puts others there."""
     torch.manual_seed(rank)
     model = mlp()
+    alone = dist.new_group([1])
     if rank == 1:
-        alone = dist.new_group([1], use_local_synchronization=True)
         fully_shard(model, mesh=torch.distributed.device_mesh.DeviceMesh.from_group(alone, "cpu"))
     clip = Way(way, model, stages=dist.group.WORLD)
 

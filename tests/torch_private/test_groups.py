@@ -55,7 +55,7 @@ def test_timeout_of(rank: int) -> None:
 @on_ranks(4)
 def test_named(rank: int) -> None:
     """Ranks that are in another number of groups make one, and the others do not call."""
-    dist.new_group([0, 1], use_local_synchronization=True)
+    dist.new_group([0, 1])
     if rank in (1, 2):
         with groups.named("test_named"):
             made: Any = dist.new_group([1, 2], use_local_synchronization=True, group_desc="a pair")
