@@ -2,7 +2,8 @@
 reads, and in docs/compatibility.md, which is made from it. To be run by the Python of that row.
 
     python launch/compatibility.py NAME TESTS JUNIT_XML SECONDS
-    python launch/compatibility.py      # the page alone
+    python launch/compatibility.py               # the page alone
+    python launch/compatibility.py --check NAME  # exits with 1 where a test of that row has failed
 """
 
 from __future__ import annotations
@@ -97,14 +98,21 @@ def page_of(rows: dict[str, dict[str, Any]]) -> str:
     return text + ("\nFailed:\n\n" + "".join(failed) if failed else "")
 
 
+def order() -> list[str]:
+    """The rows of launch/matrix.sh."""
+    script = (ROOT / "launch" / "matrix.sh").read_text()
+    return [line.split()[0] for line in script.split('rows="')[1].split('"')[0].splitlines() if line]
+
+
 def main(arguments: list[str]) -> None:
     rows: dict[str, dict[str, Any]] = json.loads(DATA.read_text()) if DATA.exists() else {}
+    if arguments and arguments[0] == "--check":
+        failed = rows[arguments[1]]["failed"] if arguments[1] in rows else []
+        sys.exit("\n".join(failed) or None)
     if arguments:
         name, tests, junit, seconds = arguments
         rows[name] = row_of(tests, Path(junit), float(seconds))
-    script = (ROOT / "launch" / "matrix.sh").read_text()
-    order = [line.split()[0] for line in script.split('rows="')[1].split('"')[0].splitlines() if line]
-    rows = {name: rows[name] for name in order if name in rows}
+    rows = {name: rows[name] for name in order() if name in rows}
     DATA.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page_of(rows))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,18 @@ def pytest_collection_finish() -> None:
     objects, a second for each ``gc.collect()``)."""
     gc.collect()
     gc.freeze()
+
+
+_modules = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Likewise what a test has imported."""
+    global _modules
+    if len(sys.modules) > _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

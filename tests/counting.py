@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +47,28 @@ class count_host_syncs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += waits(func, args)
         return func(*args, **(kwargs or {}))
+
+
+class count_calls:
+    """Counts the calls of functions, Python's and C's, that this thread makes: what the host does, whatever
+    the machine is doing beside it. (Garbage collections, which come when they come, are put off.)"""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> count_calls:
+        self._collects = gc.isenabled()
+        gc.disable()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        if self._collects:
+            gc.enable()
+
+    def _note(self, frame: object, event: str, argument: object) -> None:
+        self.count += event in ("call", "c_call")
 
 
 def compares(clipper: distclip.Clipper, call: int) -> int:

@@ -245,11 +245,13 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     except BaseException:
         pipe.send((False, traceback.format_exc()))
         return
+    modules = 0
     while (job := pipe.recv()) is not None:
         try:
-            if job.module not in sys.modules:
-                importlib.import_module(job.module)
+            importlib.import_module(job.module)
+            if len(sys.modules) > modules:  # by now, and in the test before
                 gc.freeze()  # what is imported lives on: it need not be looked through after every test
+                modules = len(sys.modules)
             test = getattr(sys.modules[job.module], job.name)
             torch.manual_seed(0)
             args = (rank, *job.args) if job.with_rank else job.args

@@ -25,10 +25,10 @@ def rows() -> list[dict[str, Any]]:
 def standing() -> dict[str, tuple[str, str]]:
     """By what is installed: its release, and where that stands among those that distclip was run with."""
     found = {
-        "torch": (torch.__version__, _among(torch.__version__, [row["torch"] for row in rows()])),
+        "torch": (torch.__version__, among(torch.__version__, [row["torch"] for row in rows()])),
         "Python": (
             platform.python_version(),
-            _among(platform.python_version(), [row["python"] for row in rows()]),
+            among(platform.python_version(), [row["python"] for row in rows()]),
         ),
     }
     for name in FRAMEWORKS:
@@ -37,11 +37,11 @@ def standing() -> dict[str, tuple[str, str]]:
         except PackageNotFoundError:
             continue
         known = [row["frameworks"][name] for row in rows() if name in row["frameworks"]]
-        found[name] = release, _among(release, known)
+        found[name] = release, among(release, known)
     return found
 
 
-def _among(release: str, known: list[str]) -> str:
+def among(release: str, known: list[str]) -> str:
     """``"tested"``, or in words why not. What counts is the first two numbers of a release."""
     here, there = release_numbers(release), sorted({release_numbers(k) for k in known})
     if not there:

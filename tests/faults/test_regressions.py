@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from tests import oracle
+from tests.counting import count_calls
 from tests.harness import on_ranks
 from tests.layouts import mesh1, mesh2
 
@@ -241,14 +241,13 @@ def many(mesh: DeviceMesh, count: int) -> list[Tensor]:
 @on_ranks(2)
 def test_failure_10_no_cold_cliff(rank: int) -> None:
     """torch's first call over 1600 DTensor gradients takes 5.7 s (pytorch#169445)."""
-    seconds = []
-    for _ in range(3):  # of fresh parameters; the best of 3, since the machine may be busy
+    counts = []
+    for _ in range(2):  # of fresh parameters
         tensors = many(mesh1(2), 1600)
-        dist.barrier()
-        start = time.perf_counter()
-        distclip.clip_grad_norm_(tensors, 1.0)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3, seconds  # 0.03 on an idle core
+        with count_calls() as calls:
+            distclip.clip_grad_norm_(tensors, 1.0)
+        counts.append(calls.count / len(tensors))
+    assert max(counts) < 200, counts  # calls a gradient; 142
 
 
 @on_ranks(2)
@@ -256,17 +255,16 @@ def test_failure_10_a_gradient_count_that_changes(rank: int) -> list[float]:
     """torch is as slow again whenever the number of gradients changes."""
     tensors = many(mesh1(2), 1600)
     distclip.total_grad_norm(tensors)
-    seconds, totals = [], []
+    counts, totals = [], []
     for step in range(4):
         for p in tensors[step :: 7 + step]:
             p.grad = None
         want = math.sqrt(sum(8.0 * (i % 3) ** 2 for i, p in enumerate(tensors) if p.grad is not None))
-        dist.barrier()
-        start = time.perf_counter()
-        totals.append(distclip.total_grad_norm(tensors).item())
-        seconds.append(time.perf_counter() - start)
+        with count_calls() as calls:
+            totals.append(distclip.total_grad_norm(tensors).item())
+        counts.append(calls.count / len(tensors))
         assert totals[-1] == pytest.approx(want, rel=1e-6)
-    assert min(seconds) < 0.1, seconds
+    assert max(counts) < 25, counts  # calls a gradient; 14
     return totals
 
 

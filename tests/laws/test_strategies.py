@@ -212,7 +212,7 @@ def test_percentile_against_brute_force(history: Sequence[np.ndarray], q: float,
         decision = strategy.decide(norms_for(strategy, parts))
         threshold = oracle.threshold(n)
         assert decision.threshold.item() == pytest.approx(threshold, rel=1e-6)
-        expected = 1.0 if n <= threshold else threshold / (n + 1e-6)
+        expected = 1.0 if n <= threshold else threshold / (n + min(1e-6, n / 1000))
         assert coefficients(decision).item() == pytest.approx(expected, rel=1e-5)
 
 
