@@ -18,21 +18,25 @@ _CHUNK = 1 << 20  # bytes a value
 
 
 class Exchange:
-    """Holds the store that the script's process group met in, also after the script has destroyed the group."""
+    """Holds the store that the script's process group met in, also after the group has been destroyed."""
 
     def __init__(self) -> None:
         self._store: dist.Store | None = None
 
+    def hold(self) -> None:
+        """Take the store, if there is one by now."""
+        if self._store is None and dist.is_available() and dist.is_initialized():
+            self._store = default_store()
+
     def note(self, notes: Notes) -> None:
         """Leave what this rank has noted so far."""
+        self.hold()
         if self._store is None:
-            if not (dist.is_available() and dist.is_initialized()):
-                return
-            self._store = default_store()
+            return
         text = notes.to_json().encode()
         chunks = [text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)]
         for i, chunk in enumerate(chunks):
-            self._store.set(f"{_KEY}/{notes.rank}/{i}", chunk)
+            self._store.set(f"{_KEY}/{notes.rank}/{i}", chunk)  # type: ignore[arg-type]
         self._store.set(f"{_KEY}/{notes.rank}", f"{len(chunks)} {int(notes.ended)}")
 
     def collect(self, own: Notes) -> dict[int, Notes]:

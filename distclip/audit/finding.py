@@ -23,8 +23,8 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     "ownership": (
         "note",
         "whether the norm is right cannot be told",
-        "say how they lie: distclip.declare(module, sharded_over=group) for tensor-parallel and expert weights, "
-        "stages=group for pipeline stages",
+        "say how they lie: distclip.declare(module, sharded_over=group) for tensor-parallel and expert "
+        "weights, stages=group for pipeline stages",
     ),
     "listed-twice": (
         "wrong",
@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     ),
     "too-early": (
         "wrong",
-        "gradients are clipped that further micro-batches are added to, which are not clipped again as a whole",
+        "gradients are clipped that further micro-batches are added to, and not the whole of them",
         "clip once, after the last micro-batch: right before optimizer.step()",
     ),
     "before-backward": (

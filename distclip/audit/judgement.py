@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,16 +89,19 @@ def judge(notes: Mapping[int, Notes]) -> Judgement:
 def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_size: int) -> Judged:
     first_rank = min(by_rank)
     place = by_rank[first_rank]
-    seconds = place.seconds / max(place.calls, 1)
-    share = place.seconds / notes[first_rank].seconds if notes[first_rank].seconds else 0.0
-    judged = Judged(place.function, place.where, place.calls, tuple(sorted(by_rank)), seconds=seconds, share=share)
+    seconds = place.seconds / max(place.timed, 1)
+    script = notes[first_rank].seconds - notes[first_rank].overhead
+    share = seconds * place.calls / script if script > 0 else 0.0
+    judged = Judged(
+        place.function, place.where, place.calls, tuple(sorted(by_rank)), seconds=seconds, share=share
+    )
     found: dict[str, Finding] = {}  # the first of each kind
     calls: defaultdict[int, dict[int, Sample]] = defaultdict(dict)
     for rank, own in by_rank.items():
         for sample in own.samples:
             calls[sample.call][rank] = sample
     for number, samples in sorted(calls.items()):
-        for kind, seen in _judge_call(judged, number, samples, len(by_rank)):
+        for kind, seen in _judge_call(judged, number, samples, len(by_rank), place.kind):
             found.setdefault(kind, Finding(kind, place.where, seen))
     if "not-synchronised" in found:  # the rest follows from it
         for kind in ("ranks-differ", "norm", "ownership"):
@@ -115,14 +118,17 @@ def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_si
 
 
 def _judge_call(
-    judged: Judged, number: int, samples: dict[int, Sample], ranks: int
+    judged: Judged, number: int, samples: dict[int, Sample], ranks: int, kind: str
 ) -> Iterator[tuple[str, str]]:
     one = next(iter(samples.values()))
     judged.max_norm = one.max_norm
     judged.collectives = max(judged.collectives, one.collectives)
     judged.syncs = max(judged.syncs, one.syncs)
     if any(s.scaled for s in samples.values()):
-        yield "scaled", f"call {number}: a GradScaler has scaled the loss, and nobody has unscaled the gradients"
+        yield (
+            "scaled",
+            f"call {number}: a GradScaler has scaled the loss, and nobody has unscaled the gradients",
+        )
     twice = sorted({part.name for s in samples.values() for part in s.parts if part.times > 1})
     if twice:
         yield "listed-twice", f"{_names(twice)} in the list more than once"
@@ -130,14 +136,18 @@ def _judge_call(
         return  # of some ranks this call is not known
     counted = _Counted(samples, one.p)
     if counted.unsynchronised:
-        yield "not-synchronised", (
-            f"call {number}: {_names(counted.unsynchronised)} with equal values and other gradients on other ranks"
+        yield (
+            "not-synchronised",
+            (
+                f"call {number}: {_names(counted.unsynchronised)} have the same values on all ranks, and "
+                "other gradients"
+            ),
         )
     returned = {rank: _returned(sample, samples) for rank, sample in samples.items()}
     known = {rank: norm for rank, norm in returned.items() if norm is not None}
     if known:
         judged.norm = known[min(known)]
-        judged.true_norm = None if counted.unsynchronised else counted.norm
+        judged.true_norm = None if counted.unsynchronised or kind == "scale" else counted.norm
         judged.norms.append((number, judged.norm, judged.true_norm))
     if len(known) > 1 and _apart(known.values()):
         listed = ", ".join(f"{norm:.6g} on rank {rank}" for rank, norm in sorted(known.items())[:4])
@@ -151,13 +161,19 @@ def _judge_call(
     if judged.true_norm is not None and not twice:
         for rank, norm in known.items():
             if _apart([norm, judged.true_norm]):
-                yield "norm", (
-                    f"call {number}: {norm:.6g} where the whole gradient has {judged.true_norm:.6g}"
-                    + _why(samples[rank], norm, rank)
+                yield (
+                    "norm",
+                    (
+                        f"call {number}: {norm:.6g} where the whole gradient has {judged.true_norm:.6g}"
+                        + _why(samples[rank], norm, rank)
+                    ),
                 )
     if one.digits in ("torch.bfloat16", "torch.float16") and judged.norm and judged.true_norm:
         error = abs(judged.norm - judged.true_norm) / judged.true_norm
-        yield "digits", f"the norm is {one.digits.removeprefix('torch.')}, off by {error:.1%} in call {number}"
+        yield (
+            "digits",
+            f"the norm is {one.digits.removeprefix('torch.')}, off by {error:.1%} in call {number}",
+        )
 
 
 class _Counted:
@@ -206,7 +222,9 @@ def _returned(sample: Sample, samples: dict[int, Sample]) -> float | None:
     parts = [samples[r].norm for r in sample.partial_over if r in samples]
     if len(parts) < len(sample.partial_over) or any(part is None for part in parts):
         return None
-    return joined([part if math.isinf(sample.p) else part**sample.p for part in parts if part is not None], sample.p)
+    return joined(
+        [part if math.isinf(sample.p) else part**sample.p for part in parts if part is not None], sample.p
+    )
 
 
 def _why(sample: Sample, norm: float, rank: int) -> str:
@@ -239,9 +257,12 @@ def _habits(
         yield "absent", f"rank(s) {ranks_in_words(behind)} called it less often than the others"
     yield from _threshold(judged)
     if judged.share > _DEAR and judged.calls > 1:
-        yield "cost", (
-            f"{judged.seconds * 1e3:.2f} ms a call, {judged.share:.0%} of the time; {judged.collectives} "
-            f"collective(s) and {judged.syncs} wait(s) of the host a call"
+        yield (
+            "cost",
+            (
+                f"{judged.seconds * 1e3:.2f} ms a call, {judged.share:.0%} of the time; {judged.collectives} "
+                f"collective(s) and {judged.syncs} wait(s) of the host a call"
+            ),
         )
 
 
@@ -252,11 +273,11 @@ def _threshold(judged: Judged) -> Iterator[tuple[str, str]]:
     if len(norms) < _SELDOM or bound is None or not math.isfinite(bound):
         return
     clipped = sum(n > bound for n in norms) / len(norms)
-    advised = norms[int(0.9 * (len(norms) - 1))]
+    below = f"90 % of the norms are below {norms[int(0.9 * (len(norms) - 1))]:.3g}"
     if clipped > _OFTEN:
-        yield "always", f"{clipped:.0%} of {len(norms)} calls clip at {bound:g}; 90 % of the norms are below {advised:.3g}"
+        yield "always", f"{clipped:.0%} of {len(norms)} calls clip at {bound:g}; {below}"
     elif not clipped:
-        yield "never", f"none of {len(norms)} calls clips at {bound:g}; 90 % of the norms are below {advised:.3g}"
+        yield "never", f"none of {len(norms)} calls clips at {bound:g}; {below}"
 
 
 def _steppers(notes: Mapping[int, Notes], clips: bool) -> Iterator[Finding]:
@@ -274,7 +295,9 @@ def _steppers(notes: Mapping[int, Notes], clips: bool) -> Iterator[Finding]:
             if is_muon and stepper.by_norm:
                 found.append(("muon", f"{some}, of which {stepper.by_norm} are clipped by norm"))
             if "adafactor" in stepper.optimizer.lower() and stepper.by_norm:
-                found.append(("self-clipping", f"{stepper.optimizer} steps {stepper.by_norm} of these parameters"))
+                found.append(
+                    ("self-clipping", f"{stepper.optimizer} steps {stepper.by_norm} of these parameters")
+                )
             for kind, words in found:
                 if (kind, stepper.optimizer) not in seen:
                     seen.add((kind, stepper.optimizer))
@@ -285,10 +308,12 @@ def _steppers(notes: Mapping[int, Notes], clips: bool) -> Iterator[Finding]:
 
 
 def _near(one: float, other: float) -> bool:
-    return one == other or abs(one - other) <= 1e-5 * max(abs(one), abs(other)) or (one != one and other != other)
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return one == other or abs(one - other) <= 1e-5 * max(abs(one), abs(other))
 
 
-def _apart(numbers: Any) -> bool:
+def _apart(numbers: Iterable[float]) -> bool:
     """Whether they are not the same, but for rounding. NaN is like NaN."""
     found = list(numbers)
     if any(map(math.isnan, found)):

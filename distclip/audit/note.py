@@ -66,7 +66,8 @@ class Place:
     """One line of the script that calls one function.
 
     Attributes:
-        calls, seconds: how often, and how long in all, without what the audit adds.
+        kind: that of the function.
+        calls: how often. ``timed`` of them took ``seconds``, without what the audit adds.
         empty: how often without any gradient. ``stale``: with gradients that a step has used already.
         early: how often again before a step.
         listed_twice, exhausted: names that a call was given twice; calls that were given an iterator that had
@@ -76,7 +77,9 @@ class Place:
 
     function: str
     where: str
+    kind: str = "norm"
     calls: int = 0
+    timed: int = 0
     seconds: float = 0.0
     empty: int = 0
     stale: int = 0
@@ -125,9 +128,7 @@ class Notes:
     @staticmethod
     def from_json(text: str) -> Notes:
         made: dict[str, Any] = json.loads(text)
-        places = [
-            Place(**{**p, "samples": [_sample(s) for s in p["samples"]]}) for p in made.pop("places")
-        ]
+        places = [Place(**{**p, "samples": [_sample(s) for s in p["samples"]]}) for p in made.pop("places")]
         return Notes(**{**made, "places": places, "steppers": [Stepped(**s) for s in made["steppers"]]})
 
 

@@ -33,7 +33,7 @@ class Names:
 
     def _look(self, tensors: Sequence[Tensor]) -> None:
         wanted = {id(t) for t in tensors}
-        holders = [m for m in gc.get_objects() if isinstance(m, nn.Module)]
+        holders: list[nn.Module] = living(nn.Module)
         for module in holders:
             if is_fsdp1(module):
                 annotate_fsdp1(module)
@@ -43,6 +43,11 @@ class Names:
             for p in walk_modules([top]):
                 if id(p.tensor) in wanted:
                     self._known.setdefault(id(p.tensor), p.name)
+
+
+def living(kind: type) -> list[Any]:
+    """All objects of that class, or of one derived from it. (``isinstance`` would ask properties of some.)"""
+    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
 
 
 def parts_of(tensors: Sequence[Tensor], names: Sequence[str], p: float) -> list[Part]:
@@ -100,4 +105,5 @@ def _flat(tensor: Tensor) -> Tensor:
         local = local.coalesce().values() if local.layout == torch.sparse_coo else local.to_dense()
     if local.is_complex():
         local = torch.view_as_real(local)
-    return local.to(torch.float64).flatten()
+    flat: Tensor = local.to(torch.float64).flatten()
+    return flat

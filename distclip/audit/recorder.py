@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import sys
@@ -23,13 +22,14 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip.audit.note import Notes, Place, Sample, Stepped
-from distclip.audit.pieces import Names, local_norm, parts_of
+from distclip.audit.pieces import Names, living, local_norm, parts_of
 from distclip.audit.program import Enough
 from distclip.audit.watching import Call, Function
 from distclip.torch_private.dtensor import local_of
 from distclip.torch_private.grad_scaler import scale_of, states_if_any
 
 _FIRST = 20  # calls at each place that are looked into; from then on every so manieth
+_COUNTED = 1  # the call whose collectives and waits are counted
 _MOST_NAMES = 8
 
 
@@ -40,10 +40,18 @@ class Recorder:
         every: of the calls after the first 20 at a place, each so manieth is looked into.
         steps: ends the script after so many clips; 0: never.
         note: is told after each call that was looked into.
+        hold: called in each backward pass: by then ranks have met.
     """
 
-    def __init__(self, *, every: int = 50, steps: int = 0, note: Callable[[Notes], None] | None = None) -> None:
-        self._every, self._most, self._note = every, steps, note
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        steps: int = 0,
+        note: Callable[[Notes], None] | None = None,
+        hold: Callable[[], None] | None = None,
+    ) -> None:
+        self._every, self._most, self._note, self._hold = every, steps, note, hold
         self.notes = Notes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         self._places: dict[tuple[str, str], Place] = {}
         self._steppers: dict[int, Stepped] = {}
@@ -55,10 +63,11 @@ class Recorder:
         self._passes_then = 0  # backward passes since the last step, at the latest clip
         self._ever: set[int] = set()  # those that were clipped at all
         self._by_norm: set[int] = set()
-        self._measured: list[Tensor] = []  # parameters whose gradients get_total_norm was given last
+        self._measured: list[Tensor] = []  # all parameters, when gradients were last looked up by them
         self._passes = 0  # backward passes since the last step
         self._stepped: dict[int, tuple[str, Tensor, Stepped]] = {}  # parameters that an optimizer has stepped
         self._latest: Place | None = None
+        self._scalers: list[GradScaler] = []
         self._was_nonfinite = False
         self._handles = [
             register_optimizer_step_pre_hook(self._before_step),
@@ -77,9 +86,7 @@ class Recorder:
         """What has been noted, with what only the end tells."""
         self.notes.ended = True
         self.notes.seconds = time.perf_counter() - self._began
-        tensors = [tensor for _, tensor, _ in self._stepped.values()]
-        names = self._names.of(tensors)
-        for name, (_, tensor, stepper) in zip(names, self._stepped.values(), strict=True):
+        for name, tensor, stepper in self._stepped.values():
             if id(tensor) not in self._ever:
                 stepper.never.append(name)
             stepper.by_norm += id(tensor) in self._by_norm
@@ -96,14 +103,15 @@ class Recorder:
         except Exception as error:  # nothing that the audit cannot do may reach the script
             self._trouble(error)
         middle = time.perf_counter()
-        if look is None:
+        if look is None or look.counting is None:
             result = original(*call.args, **call.kwargs)
         else:
             with look.counting:
                 result = original(*call.args, **call.kwargs)
         end = time.perf_counter()
         try:
-            if place is not None:
+            if place is not None and (look is None or look.counting is None):
+                place.timed += 1
                 place.seconds += end - middle
                 self._after(place, look, call, result)
         except Exception as error:
@@ -117,10 +125,10 @@ class Recorder:
     def _before(self, function: Function, call: Call) -> tuple[Place, _Look | None]:
         if dist.is_available() and dist.is_initialized():
             self.notes.rank, self.notes.world_size = dist.get_rank(), dist.get_world_size()
-        where = _where()
+        where = place_of_call()
         place = self._places.get((function.label, where))
         if place is None:
-            place = self._places[function.label, where] = Place(function.label, where)
+            place = self._places[function.label, where] = Place(function.label, where, function.kind)
             self.notes.places.append(place)
         number, place.calls = place.calls, place.calls + 1
         place.exhausted += call.exhausted
@@ -141,7 +149,7 @@ class Recorder:
             self._ever |= set(map(id, tensors))
         if number >= _FIRST and number % self._every:
             return place, None
-        p = _number(call.argument(function.norm_type)) if function.norm_type else math.inf
+        p = _number(call.argument(function.norm_type))
         p = 2.0 if p is None else p
         sample = Sample(
             number,
@@ -152,17 +160,19 @@ class Recorder:
             None,
             "",
             parts_of(tensors, self._names.of(tensors), p),
-            scaled=self._is_scaled(),
+            scaled=self._is_scaled(number),
         )
-        return place, _Look(sample, tensors, local_norm(tensors))
+        counting = _Counting() if number == _COUNTED else None  # which takes time itself
+        return place, _Look(sample, tensors, local_norm(tensors), counting)
 
     def _parameters(self, function: Function, call: Call) -> list[Tensor]:
         """Also of gradients, which are looked up by the parameters that have them."""
         if function.gets != "gradients":
             return call.tensors
-        holders = {
-            id(t.grad): t for t in gc.get_objects() if isinstance(t, torch.nn.Parameter) and t.grad is not None
-        }
+        holders = {id(t.grad): t for t in self._measured if t.grad is not None}
+        if any(id(g) not in holders for g in call.tensors):
+            self._measured = living(torch.nn.Parameter)
+            holders = {id(t.grad): t for t in self._measured if t.grad is not None}
         return [holders.get(id(g), g) for g in call.tensors]
 
     def _after(self, place: Place, look: _Look | None, call: Call, result: Any) -> None:
@@ -185,33 +195,34 @@ class Recorder:
         after = local_norm(look.tensors)
         if look.before > 0 and math.isfinite(look.before) and call.function.kind in ("norm", "scale"):
             sample.coefficient = after / look.before
-        sample.collectives, sample.syncs = look.counting.collectives, look.counting.syncs
+        if look.counting is not None:
+            sample.collectives, sample.syncs = look.counting.collectives, look.counting.syncs
         place.samples.append(sample)
         if self._note is not None:
             self._note(self.notes)
 
-    def _is_scaled(self) -> bool:
-        scalers = [o for o in gc.get_objects() if isinstance(o, GradScaler)] if self._may_scale else []
-        found = False
-        for scaler in scalers:
-            if scaler.is_enabled() and scale_of(scaler) is not None and float(scaler.get_scale()) != 1.0:
-                known = states_if_any(scaler) or {}
-                found = found or not any(s["stage"] is not OptState.READY for s in known.values())
-        return found
-
-    @property
-    def _may_scale(self) -> bool:
-        return self.notes.backwards > 0
+    def _is_scaled(self, number: int) -> bool:
+        if number & (number + 1) == 0:  # 0, 1, 3, 7, …: a look through all objects takes tens of milliseconds
+            self._scalers = living(GradScaler)
+        for scaler in self._scalers:
+            scale = scale_of(scaler) if scaler.is_enabled() else None
+            known = states_if_any(scaler) or {}
+            unscaled = any(state["stage"] is not OptState.READY for state in known.values())
+            if scale is not None and float(scale) != 1.0 and not unscaled:
+                return True
+        return False
 
     def _trouble(self, error: Exception) -> None:
         words = f"{type(error).__name__}: {error}"
         if words not in self.notes.troubles and len(self.notes.troubles) < _MOST_NAMES:
             self.notes.troubles.append(words)
 
-    # --- backward passes and steps ---------------------------------------------------------------------------
+    # --- backward passes and steps --------------------------------------------------------------------------
 
     def _count_backward(self, *args: Any, **kwargs: Any) -> Any:
         self.notes.backwards += 1
+        if self._hold is not None:
+            self._hold()
         self._passes += 1
         return self._backward(*args, **kwargs)
 
@@ -223,10 +234,10 @@ class Recorder:
                 self.notes.steppers.append(stepper)
             stepper.steps += 1
             tensors = [t for group in optimizer.param_groups for t in group["params"] if t.grad is not None]
-            for t in tensors:
-                if id(t) not in self._stepped:
-                    stepper.total += 1
-                    self._stepped[id(t)] = "", t, stepper
+            new = [t for t in tensors if id(t) not in self._stepped]
+            for name, t in zip(self._names.of(new), new, strict=True) if new else ():
+                stepper.total += 1
+                self._stepped[id(t)] = name, t, stepper
             twice = [t for t in tensors if self._since.get(id(t), 0) > 1]
             if twice and not stepper.twice:
                 stepper.twice = self._names.of(twice)[:_MOST_NAMES]
@@ -247,19 +258,22 @@ class Recorder:
 class _Look:
     """What is noted before a call and compared after it."""
 
-    def __init__(self, sample: Sample, tensors: Sequence[Tensor], before: float) -> None:
-        self.sample, self.tensors, self.before = sample, list(tensors), before
-        self.counting = _Counting()
+    def __init__(
+        self, sample: Sample, tensors: Sequence[Tensor], before: float, counting: _Counting | None
+    ) -> None:
+        self.sample, self.tensors, self.before, self.counting = sample, list(tensors), before, counting
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collectives that are started, and values that the host waits for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.collectives = self.syncs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # so that what it does to its local tensors is seen
         name = str(func)
         if name.startswith(("c10d.", "_c10d_functional.")) and "wait" not in name:
             self.collectives += 1
@@ -282,7 +296,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _where() -> str:
+def place_of_call() -> str:
     """The file and line that called the function: the first outside the audit, and of torch."""
     frame: Any = sys._getframe(1)
     here = os.path.dirname(__file__)

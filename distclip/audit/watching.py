@@ -23,7 +23,8 @@ class Function:
         name: in the module; ``Class.method`` for methods.
         gets: what its first argument is (after self): "parameters", "gradients", "module" or, for methods of
             FSDP1, "self".
-        kind: "norm" clips by norm, "measure" only measures, "scale" gets a norm that is known, "value" clamps.
+        kind: "norm" clips by norm, "measure" only measures, "scale" gets a norm that is known, "value"
+            clamps.
         max_norm, norm_type: their names as arguments; "" where there is none.
     """
 
@@ -36,10 +37,10 @@ class Function:
 
     @property
     def label(self) -> str:
-        return f"{self.module.removesuffix('.clip_grad')}.{self.name}"
+        return f"{self.module}.{self.name}"
 
 
-_NN = "torch.nn.utils.clip_grad"
+_NN = "torch.nn.utils"  # under their public names
 FUNCTIONS = (
     Function(_NN, "clip_grad_norm_"),
     Function(_NN, "clip_grad_norm"),
@@ -53,7 +54,11 @@ FUNCTIONS = (
     ),
     Function("accelerate.accelerator", "Accelerator.clip_grad_norm_"),
     Function(
-        "accelerate.accelerator", "Accelerator.clip_grad_value_", kind="value", max_norm="clip_value", norm_type=""
+        "accelerate.accelerator",
+        "Accelerator.clip_grad_value_",
+        kind="value",
+        max_norm="clip_value",
+        norm_type="",
     ),
     Function("lightning.fabric.fabric", "Fabric.clip_gradients", gets="module"),
     # What the stacks keep for themselves.
@@ -125,8 +130,8 @@ Replacement = Callable[[Function, Callable[..., Any], Call], Any]
 
 
 class Watch:
-    """Puts ``replacement(function, original, call)`` in the place of the functions, also of those whose module
-    is imported later, and under every name that a module has given them."""
+    """Puts ``replacement(function, original, call)`` in the place of the functions, also of those whose
+    module is imported later, and under every name that a module has given them."""
 
     def __init__(self, replacement: Replacement, functions: Sequence[Function] = FUNCTIONS) -> None:
         self._replacement, self._functions = replacement, functions

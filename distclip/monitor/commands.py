@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from distclip._terminal import shown
 from distclip._version import __version__
+from distclip.decide.terminal import shown
 from distclip.monitor.doctor import examine_installation, examine_runs
 from distclip.monitor.notation import parse_strategy
 from distclip.monitor.page import write_page

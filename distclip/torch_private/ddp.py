@@ -43,7 +43,7 @@ def awaits_finalization(model: DistributedDataParallel) -> bool:
     if not getattr(model, "require_manual_backward_finalization", False):
         return False
     try:
-        model._check_reducer_finalized()
+        model._check_reducer_finalized()  # type: ignore[no-untyped-call]
     except RuntimeError:
         return True
     return False
