@@ -13,7 +13,7 @@ from distclip.audit.judgement import Judgement, judge
 from distclip.audit.output import as_text, write_history, write_json, write_page
 from distclip.audit.program import run_program
 from distclip.audit.recorder import Recorder
-from distclip.audit.replacing import Replacing
+from distclip.audit.replacing import Replacing, strategy_named
 from distclip.audit.watching import FUNCTIONS, Watch
 from distclip.decide.terminal import shown
 
@@ -80,7 +80,10 @@ def _parser_of_run() -> argparse.ArgumentParser:
         "    distclip run --strategy zclip train.py",
     )
     parser.add_argument(
-        "--strategy", metavar="NAME", help="zclip, adagc, percentile, …: in place of max_norm"
+        "--strategy",
+        type=strategy_named,
+        metavar="NAME",
+        help="zclip, adagc, percentile, …: in place of max_norm",
     )
     parser.add_argument("--history", type=Path, metavar="FILE", help="record every step, for distclip report")
     return parser

@@ -110,9 +110,10 @@ class Recorder:
                 result = original(*call.args, **call.kwargs)
         end = time.perf_counter()
         try:
-            if place is not None and (look is None or look.counting is None):
-                place.timed += 1
-                place.seconds += end - middle
+            if place is not None:
+                if look is None or look.counting is None:
+                    place.timed += 1
+                    place.seconds += end - middle
                 self._after(place, look, call, result)
         except Exception as error:
             self._trouble(error)

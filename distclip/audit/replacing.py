@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,21 +34,20 @@ class Replacing:
     """Stands in the place of the functions.
 
     Args:
-        strategy: the name of one that decides in the place of ``max_norm``, or None.
+        strategy: makes one that decides in the place of ``max_norm``, or None.
         history: where every step is recorded.
 
     Attributes:
         replaced: how often, by function and place.
-
-    Raises:
-        SystemExit: there is no strategy of that name.
     """
 
-    def __init__(self, strategy: str | None, history: Path | None) -> None:
-        self._make = None if strategy is None else strategy_named(strategy)
+    def __init__(self, strategy: Callable[[], Strategy] | None, history: Path | None) -> None:
+        self._make = strategy
         self._history = None if history is None else History(history)
         self._clippers: dict[tuple[Any, ...], Clipper] = {}
         self._installed: dict[int, Any] = {}
+        self._lists: dict[str, list[Tensor]] = {}  # of the latest call, by place
+        self._exhausted: set[str] = set()
         self.replaced: Counter[tuple[str, str]] = Counter()
         self._latest: Tensor | None = None
 
@@ -59,7 +60,12 @@ class Replacing:
         )
 
     def __call__(self, function: Function, original: Callable[..., Any], call: Call) -> Any:
-        self.replaced[function.label, place_of_call()] += 1
+        where = place_of_call()
+        self.replaced[function.label, where] += 1
+        if call.exhausted and where in self._lists:  # an iterator that the script has used up
+            call = replace(call, tensors=self._lists[where])
+            self._exhausted.add(where)
+        self._lists[where] = call.tensors
         _annotate()
         if function.name.startswith("Accelerator."):
             return self._by_accelerator(function, call)
@@ -114,6 +120,10 @@ class Replacing:
             )
         latest = "" if self._latest is None else f"; the latest norm was {float(self._latest):.4g}"
         lines = [f"distclip run: {sum(self.replaced.values())} calls were distclip's{latest}"]
+        lines += [
+            f"  {where} got an iterator that was used up, and clips what it was given before"
+            for where in sorted(self._exhausted)
+        ]
         lines += [f"  {where}: {label}, {count} ×" for (label, where), count in self.replaced.items()]
         return "\n".join(lines)
 
@@ -127,14 +137,15 @@ _REPLACED = {
 def strategy_named(name: str) -> Callable[[], Strategy]:
     """
     Raises:
-        SystemExit: none has this name, and those that there are.
+        ArgumentTypeError: none has this name, and those that there are.
     """
     strategies = importlib.import_module("distclip.strategies")
     for known in _STRATEGIES:
         if known.lower() == name.replace("-", "").replace("_", "").lower():
             made: Callable[[], Strategy] = getattr(strategies, known)
             return made
-    raise SystemExit(f"--strategy {name}: expected one of {', '.join(s.lower() for s in _STRATEGIES)}")
+    expected = ", ".join(known.lower() for known in _STRATEGIES)
+    raise argparse.ArgumentTypeError(f"there is no {name}: expected one of {expected}")
 
 
 def _annotate() -> None:

@@ -51,7 +51,9 @@ def wrapped(model):
 
 def main():
     if WORLD > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(
+            "gloo", init_method=os.environ.get("INIT_METHOD", "env://"), rank=RANK, world_size=WORLD
+        )
     model = wrapped(net(RANK if KIND == "tp" else 0))
     if KIND == "stages":  # the second half lies on the second rank, and clips by itself
         model = net()[:2] if RANK == 0 else net()[2:]
