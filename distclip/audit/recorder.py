@@ -19,7 +19,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip.audit.note import Notes, Place, Sample, Stepped
 from distclip.audit.pieces import Names, living, local_norm, parts_of
@@ -27,6 +26,7 @@ from distclip.audit.program import Enough
 from distclip.audit.watching import Call, Function
 from distclip.torch_private.dtensor import local_of
 from distclip.torch_private.grad_scaler import scale_of, states_if_any
+from distclip.torch_private.operators import TorchDispatchMode
 
 _FIRST = 20  # calls at each place that are looked into; from then on every so manieth
 _COUNTED = 1  # the call whose collectives and waits are counted

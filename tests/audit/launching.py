@@ -51,7 +51,8 @@ def _rank(rank: int, ranks: int, meeting: str, folder: str, arguments: list[str]
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), INIT_METHOD=f"file://{meeting}")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
+    os.environ["INIT_METHOD"] = f"file://{meeting}"
     code = 1
     try:
         import torch
