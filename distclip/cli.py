@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("distclip"):
             raise
+        if arguments in (["--version"], ["doctor"]):  # which need torch alone
+            return _plainly(arguments[0])
         print(f"distclip: the commands need {error.name}: pip install 'distclip[cli]'", file=sys.stderr)
         return 2
     try:
@@ -42,6 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"distclip: {where}{error.strerror or error}", file=sys.stderr)
     return 2
+
+
+def _plainly(command: str) -> int:
+    """Without the extra, as plain text."""
+    from distclip._version import __version__
+    from distclip.inspection.installation import examine_installation
+
+    if command == "--version":
+        print(f"distclip {__version__}")
+        return 0
+    found = examine_installation()
+    marks = {"ok": "✓", "note": "•", "problem": "✗"}
+    for finding in found:
+        print(f"{marks[finding.level]} {finding.topic:14} {finding.text}")
+    return int(any(finding.level == "problem" for finding in found))
 
 
 if __name__ == "__main__":

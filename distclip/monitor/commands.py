@@ -48,6 +48,12 @@ Then ask:
     distclip doctor run.jsonl           installation, environment, usual mistakes
     distclip bench --ranks 2            what clipping costs on this machine
 
+Or let it look at a script that clips already:
+
+\b
+    distclip audit train.py             what its clipping does, and what is wrong with it
+    distclip run train.py               the same script, with distclip in the place of its functions
+
 \b
 No history yet? A first run with GlobalNorm(math.inf) measures and never clips.
 Any JSON lines with "step" and "total_norm" (or "grad_norm") will do as well.
