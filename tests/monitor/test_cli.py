@@ -209,7 +209,7 @@ def test_what_needs_torch_alone(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     said = result.stdout + result.stderr
-    words = {"--version": __version__, "doctor": "✓ torch", "audit": "right", "run": "1 calls"}
+    words = {"--version": __version__, "doctor": "torch   ", "audit": "right", "run": "1 calls"}
     assert words[arguments[0]] in said
 
 
