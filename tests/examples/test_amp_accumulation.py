@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.starting import start, torchrun
+from tests.starting import start
 
 
 def run(*options: str, ranks: int) -> str:
     """What rank 0 says. It has to end cleanly. ``ranks=0`` starts it without a launcher."""
-    return start("amp_accumulation.py", *options, launcher=torchrun(ranks))[0]
+    return start("amp_accumulation.py", *options, ranks=ranks)[0]
 
 
 def said(label: str, out: str) -> float:

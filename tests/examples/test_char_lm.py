@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.starting import start, torchrun
+from tests.starting import start
 
 SMALL = ("--batch-size", "16", "--seq-len", "32")
 ENOUGH = ("--steps", "80")  # for the loss to fall, and three times what it takes to blow up
@@ -19,7 +19,7 @@ def run(*options: str, ranks: int = 2) -> dict[str, str]:
 
     ``ranks=0`` starts it without a launcher.
     """
-    out, _ = start("char_lm.py", *SMALL, *options, launcher=torchrun(ranks))
+    out, _ = start("char_lm.py", *SMALL, *options, ranks=ranks)
     return dict(re.findall(r"^(.+?): (.+)$", out, flags=re.MULTILINE))
 
 

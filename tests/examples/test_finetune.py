@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distclip.monitor import Run, read
-from tests.starting import start, torchrun
+from tests.starting import start
 
 STEPS = 6
 SMALL = ("--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16", "--text", "100000")
@@ -31,8 +31,7 @@ ADAPTIVE = ("--strategy", "percentile(50, multiplier=1, warmup=2)")
 def run(history: Path, *options: str, ranks: int, dtype: str = "float32") -> str:
     """What rank 0 says. It has to end cleanly."""
     always = (*SMALL, *ADAPTIVE, "--dtype", dtype, "--history", str(history))
-    launcher = torchrun(ranks)
-    return start("finetune_fsdp.py", *always, *options, launcher=launcher, HF_HUB_OFFLINE="1")[0]
+    return start("finetune_fsdp.py", *always, *options, ranks=ranks, HF_HUB_OFFLINE="1")[0]
 
 
 def held_out(out: str) -> list[float]:

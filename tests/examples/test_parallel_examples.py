@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.starting import start, torchrun
+from tests.starting import start
 
 RANKS = 2
 
@@ -26,7 +26,7 @@ class Step:
 @cache
 def run(example: str, *options: str) -> tuple[list[Step], str]:
     """The steps of a run, which has to end cleanly, and all that it printed."""
-    out, _ = start(example, *options, launcher=torchrun(RANKS))
+    out, _ = start(example, *options, ranks=RANKS)
     steps = []
     for line in out.splitlines():
         if line[:1].isdigit() and " | " in line:

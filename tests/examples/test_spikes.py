@@ -6,14 +6,13 @@ from functools import cache
 
 import pytest
 
-from tests.starting import start, torchrun
+from tests.starting import start
 
 
 @cache
 def table(ranks: int) -> list[list[str]]:
     """The cells of the rows that it prints, below the heading."""
-    launcher = torchrun(ranks if ranks > 1 else 0)
-    out, progress = start("spikes.py", "--quick", launcher=launcher)
+    out, progress = start("spikes.py", "--quick", ranks=ranks if ranks > 1 else 0)
     assert "100%" in progress  # the progress bar
     heading, rule, *rows = out.splitlines()
     assert heading.count("|") == rule.count("|") == 6
