@@ -41,7 +41,7 @@ WRONG = {
 def audited(ranks: int, folder: Path, *script: str | Path, options: tuple[str, ...] = ()) -> Any:
     """What it has found, as JSON, and how it ended."""
     found = folder / "found.json"
-    ended = launch(ranks, folder, "audit", "--json", found, *options, *script)
+    ended = launch(ranks, "audit", "--json", found, *options, *script)
     return json.loads(found.read_text()), ended
 
 
@@ -99,8 +99,8 @@ def test_the_script_trains_bit_for_bit_as_without(kind: str, tmp_path: Path) -> 
     watched, alone = tmp_path / "watched", tmp_path / "alone"
     watched.mkdir()
     alone.mkdir()
-    launch(ranks, watched, "audit", SCRIPT, kind, "6", watched / "weights")
-    launch(ranks, alone, "alone", SCRIPT, kind, "6", alone / "weights")
+    launch(ranks, "audit", SCRIPT, kind, "6", watched / "weights")
+    launch(ranks, "alone", SCRIPT, kind, "6", alone / "weights")
     for one, other in zip(weights(watched, ranks), weights(alone, ranks), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

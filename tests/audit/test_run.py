@@ -15,7 +15,7 @@ SCRIPT = SCRIPTS / "trains.py"
 
 def trained(ranks: int, folder: Path, kind: str, command: str, *options: str) -> tuple[list[Any], str]:
     folder.mkdir()
-    ended = launch(ranks, folder, command, *options, SCRIPT, kind, "6", folder / "weights")
+    ended = launch(ranks, command, *options, SCRIPT, kind, "6", folder / "weights")
     assert ended.codes == [0] * ranks, ended.err
     return [torch.load(folder / f"weights.{r}", weights_only=True) for r in range(ranks)], ended.err[0]
 
@@ -50,12 +50,12 @@ def test_a_strategy_and_a_history(tmp_path: Path) -> None:
 def test_nothing_replaced_is_an_error(tmp_path: Path) -> None:
     script = tmp_path / "empty.py"
     script.write_text("print('hello')\n")
-    ended = launch(1, tmp_path, "run", script)
+    ended = launch(1, "run", script)
     assert ended.codes == [2]
     assert "nothing was replaced" in ended.err[0]
 
 
 def test_a_strategy_that_there_is_not(tmp_path: Path) -> None:
-    ended = launch(1, tmp_path, "run", "--strategy", "nonsense", SCRIPT, "single")
+    ended = launch(1, "run", "--strategy", "nonsense", SCRIPT, "single")
     assert ended.codes != [0]
     assert "zclip" in ended.err[0]

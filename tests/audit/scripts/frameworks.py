@@ -1,19 +1,11 @@
 """Scripts of Accelerate, the Hugging Face Trainer and Lightning; ``sys.argv[1]`` says which."""
 
-import os
 import sys
 
 import torch
 from torch import nn
 
 KIND = sys.argv[1]
-if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "INIT_METHOD" in os.environ:
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=os.environ["INIT_METHOD"],
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
 torch.manual_seed(0)
 DATA = torch.utils.data.TensorDataset(torch.randn(64, 6) * 3, torch.randn(64, 4))
 
