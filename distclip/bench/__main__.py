@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distclip._terminal import never_raise
 from distclip.bench.cases import Row, Setting, measure
 from distclip.bench.contenders import CONTENDERS
 from distclip.bench.models import PLACEMENTS, placements_of
 from distclip.bench.scaling import study
 from distclip.bench.shapes import SHAPES
 from distclip.bench.table import as_json, machine, text
+from distclip.decide.terminal import never_raise
 
 _CASES = ("first", "unclipped", "clipped", "changing", "step", "exposed")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

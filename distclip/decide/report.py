@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from distclip._terminal import shown
+from distclip.decide.terminal import shown
 
 
 @dataclass(frozen=True)

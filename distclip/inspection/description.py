@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip._terminal import shown
+from distclip.decide.terminal import shown
 from distclip.planning.plan import Plan
 from distclip.torch_private.dtensor import local_of
 

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from distclip._terminal import shown
 from distclip._version import __version__
+from distclip.decide.terminal import shown
 from distclip.monitor.doctor import examine_installation, examine_runs
 from distclip.monitor.notation import parse_strategy
 from distclip.monitor.page import write_page
@@ -47,6 +47,12 @@ Then ask:
     distclip watch run.jsonl            the running job, here in the terminal
     distclip doctor run.jsonl           installation, environment, usual mistakes
     distclip bench --ranks 2            what clipping costs on this machine
+
+Or let it look at a script that clips already:
+
+\b
+    distclip audit train.py             what its clipping does, and what is wrong with it
+    distclip run train.py               the same script, with distclip in the place of its functions
 
 \b
 No history yet? A first run with GlobalNorm(math.inf) measures and never clips.

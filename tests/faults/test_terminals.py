@@ -14,7 +14,7 @@ from torch import nn
 
 import distclip
 from distclip import cli
-from distclip._terminal import shown
+from distclip.decide.terminal import shown
 from tests.starting import python
 
 ENCODINGS = ["ascii", "cp1252", "latin-1", "cp437", "utf-8", "utf-16", "no-such-codec", None]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distclip import __version__
 from distclip.cli import main
 from tests.monitor import synthetic
 
@@ -190,6 +191,26 @@ def test_without_the_extra(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "distclip: the commands need typer: pip install 'distclip[cli]'\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["audit", "{}"], ["run", "{}"]])
+def test_what_needs_torch_alone(arguments: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nmodel = torch.nn.Linear(2, 2)\nmodel(torch.ones(1, 2)).sum().backward()\n"
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
+    )
+    extras = ["typer", "rich", "orjson", "plotly", "matplotlib", "tensorboard", "accelerate", "transformers"]
+    arguments = [a.format(script) for a in arguments]
+    program = (
+        f"import sys; sys.modules |= dict.fromkeys({extras})\n"
+        f"from distclip.cli import main; sys.exit(main({arguments}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    words = {"--version": __version__, "doctor": "torch   ", "audit": "right", "run": "1 calls"}
+    assert words[arguments[0]] in said
 
 
 class TestDoctor:

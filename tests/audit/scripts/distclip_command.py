@@ -1,0 +1,7 @@
+"""``python -m distclip``."""
+
+import sys
+
+from distclip.cli import main
+
+sys.exit(main())
