@@ -22,6 +22,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 LAUNCH, EXAMPLES = ROOT / "launch", ROOT / "examples"
 EXAMPLE = EXAMPLES / "char_lm.py"
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""For tests that assert a fault of torch: in which releases it has it."""
 LIMIT = 600.0
 """Seconds, against hangs alone: many times what anything here takes."""
 

@@ -109,14 +109,14 @@ def test_in_parts(parts: str, tiny: tuple[str, ...], whole: tuple[Run, str], fol
     for earlier, later in pairwise(said):
         assert held_out(earlier)[1] == pytest.approx(held_out(later)[0], abs=2e-4)
     assert held_out(said[-1])[1] == pytest.approx(held_out(whole[1])[1], abs=2e-3)
-    assert held_out(said[-1])[1] < held_out(whole[1])[0] - 0.5  # from ln(256) = 5.5
+    assert held_out(said[-1])[1] < held_out(whole[1])[0] - 0.4  # from ln(256) = 5.5
     assert [c.name for c in saved.iterdir()] == ["step-000006"]
 
 
 def test_bfloat16_is_close(tiny: tuple[str, ...], whole: tuple[Run, str], folder: Path) -> None:
     history = folder / "run.jsonl"
     before, after = held_out(run(history, *tiny, ranks=2, dtype="bfloat16"))
-    assert after < before - 0.5
+    assert after < before - 0.4
     rounded, exact = sequence(read(history)), sequence(whole[0])
     np.testing.assert_allclose(rounded, exact, rtol=5e-2)
     assert not np.allclose(rounded, exact, rtol=2e-5)  # it was another precision

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import distclip
 from tests import oracle
 from tests.counting import count_calls
+from tests.starting import TORCH
 from tests.harness import on_ranks
 from tests.layouts import mesh1, mesh2
 
@@ -459,8 +460,9 @@ def test_failure_16_under_fsdp2(rank: int) -> list[float]:
 def test_failure_17_sparse() -> None:
     """`Could not run 'aten::linalg_vector_norm' with arguments from the 'SparseCPU' backend`."""
     e = embedding()
-    with pytest.raises(NotImplementedError, match="SparseCPU"):
-        torch_norm_(e.parameters(), 1.0)
+    if TORCH < (2, 15):  # which has mended it
+        with pytest.raises(NotImplementedError, match="SparseCPU"):
+            torch_norm_(e.parameters(), 1.0)
     want = norm_of(e.weight)
     assert want == pytest.approx(math.sqrt(2 * (6**2 + 0.25**2)))
     assert distclip.clip_grad_norm_(e.parameters(), 1.0).item() == pytest.approx(want, rel=1e-6)

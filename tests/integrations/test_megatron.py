@@ -83,7 +83,9 @@ def megatron_norm(
 
     config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False)
     optimizer = SimpleNamespace(get_parameters=lambda: parameters, config=config, tp_group=tp_group)
-    gradients = MegatronOptimizer.get_main_grads_for_grad_norm(optimizer)
+    kind: Any = MegatronOptimizer  # of 0.16 and of 0.19
+    read = getattr(kind, "get_main_grads_for_grad_norm", None) or kind.get_grads_for_grad_norm
+    gradients = read(optimizer)
     with on_cpu():
         return get_grad_norm_fp32(gradients, norm_type, grad_stats_parallel_group=group)
 
