@@ -60,6 +60,7 @@ class Recorder:
         self._clips = 0
         self._since: dict[int, int] = {}  # how often parameters were clipped by norm since their last step
         self._clipped: dict[int, Any] = {}  # the gradients that they had then
+        self._used: set[int] = set()  # parameters that were stepped since the last backward pass
         self._passes_then = 0  # backward passes since the last step, at the latest clip
         self._ever: set[int] = set()  # those that were clipped at all
         self._by_norm: set[int] = set()
@@ -75,12 +76,22 @@ class Recorder:
         ]
         self._backward = torch.autograd.backward
         torch.autograd.backward = self._count_backward
+        self._scaler_step = GradScaler.step
+        recorder = self
+
+        def step(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
+            return recorder._step_of_scaler(scaler, *args, **kwargs)
+
+        scalers: Any = GradScaler
+        scalers.step = step
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         if torch.autograd.backward == self._count_backward:
             torch.autograd.backward = self._backward
+        scalers: Any = GradScaler
+        scalers.step = self._scaler_step
 
     def finish(self) -> Notes:
         """What has been noted, with what only the end tells."""
@@ -136,7 +147,7 @@ class Recorder:
         tensors = self._parameters(function, call)
         gradients = [t for t in tensors if t.grad is not None]
         place.empty += not gradients
-        place.stale += bool(gradients) and self._passes == 0 and bool(self._stepped)
+        place.stale += any(id(t) in self._used for t in gradients)
         if function.kind in ("norm", "scale"):
             again = [t for t in gradients if self._clipped.get(id(t), _none)() is t.grad]
             same = set(map(id, again))
@@ -222,6 +233,7 @@ class Recorder:
 
     def _count_backward(self, *args: Any, **kwargs: Any) -> Any:
         self.notes.backwards += 1
+        self._used.clear()
         if self._hold is not None:
             self._hold()
         self._passes += 1
@@ -248,12 +260,25 @@ class Recorder:
             self._trouble(error)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._used.update(id(t) for group in optimizer.param_groups for t in group["params"])
+        self._forget(optimizer)
+        self._passes = self._passes_then = 0
+
+    def _forget(self, optimizer: Any) -> None:
+        """Its step has been taken, or left out by a scaler."""
         for group in optimizer.param_groups:
             for t in group["params"]:
                 self._since.pop(id(t), None)
                 self._clipped.pop(id(t), None)
-        self._passes = self._passes_then = 0
         self._was_nonfinite = False
+
+    def _step_of_scaler(self, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self._scaler_step(scaler, optimizer, *args, **kwargs)
+        try:
+            self._forget(optimizer)
+        except Exception as error:
+            self._trouble(error)
+        return result
 
 
 class _Look:
