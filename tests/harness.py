@@ -311,3 +311,5 @@ def quiet_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     # torch 2.11 says so even where the checks are asked for.
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+    # Of torch.compile, once a process.
+    warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0")

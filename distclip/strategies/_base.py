@@ -13,6 +13,7 @@ from distclip.decide.decision import Decision
 from distclip.decide.norms import Norms
 from distclip.decide.parameter_info import ParameterInfo
 from distclip.strategies._saved import require_own
+from distclip.torch_private.operators import LOSES_SCALARS
 
 SUPPORTED_NORM_TYPES = (0.5, 1.0, 2.0, 3.0, math.inf)
 
@@ -106,10 +107,10 @@ class Strategy(nn.Module):
         Raises:
             ValueError: inside ``torch.compile``, with state on the CPU that it would not keep.
         """
-        if torch.compiler.is_compiling() and any(_is_lost(buffer) for buffer in self.buffers()):
+        if LOSES_SCALARS and torch.compiler.is_compiling() and any(map(_is_lost, self.buffers())):
             raise ValueError(
                 f"{type(self).__name__} keeps 0-dim float64 state on the CPU, whose changes a compiled "
-                "function loses (torch 2.13): clip outside of torch.compile"
+                "function loses (before torch 2.15): clip outside of torch.compile"
             )
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         decision = self.forward(norms)

@@ -10,7 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["READ_TO_HOST", "FakeTensor", "TorchDispatchMode", "schema_of", "tree_leaves", "tree_map"]
+__all__ = [
+    "LOSES_SCALARS",
+    "READ_TO_HOST",
+    "FakeTensor",
+    "TorchDispatchMode",
+    "schema_of",
+    "tree_leaves",
+    "tree_map",
+]
 
 # FakeTensor: the class of tensors that have shape, dtype and device, and no values. In 2.6 already.
 # TorchDispatchMode: sees every operator below autograd. In 2.6 already; torch's documentation teaches it by
@@ -23,3 +31,7 @@ schema_of = attrgetter("_schema")
 
 READ_TO_HOST: Any = torch.ops.aten._local_scalar_dense.default
 """The operator behind ``item()``. In 2.6 already."""
+
+LOSES_SCALARS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
+"""Whether a compiled function loses what it writes to a 0-dim float64 tensor on the CPU that it was given: so in
+2.13, and no more in 2.15."""

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import distclip
 from tests import oracle
 from tests.counting import count_calls
-from tests.starting import TORCH
 from tests.harness import on_ranks
 from tests.layouts import mesh1, mesh2
+from tests.starting import TORCH
 
 torch_norm_ = torch.nn.utils.clip_grad_norm_
 torch_value_ = torch.nn.utils.clip_grad_value_
