@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distclip.audit.exchange import Exchange
@@ -63,9 +64,9 @@ def _parser_of_audit() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=_positive, default=0, metavar="N", help="end the script after N clips"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser")
-    parser.add_argument("--history", type=Path, metavar="FILE",
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write what was found as JSON")
+    parser.add_argument("--html", type=_path, metavar="FILE", help="write a page for a browser")
+    parser.add_argument("--history", type=_path, metavar="FILE",
                         help="write the norms as JSON lines, for distclip recommend and report")  # fmt: skip
     parser.add_argument("--strict", action="store_true", help=f"exit with {WRONG} where training is wrong")
     return parser
@@ -85,7 +86,9 @@ def _parser_of_run() -> argparse.ArgumentParser:
         metavar="NAME",
         help="zclip, adagc, percentile, …: in place of max_norm",
     )
-    parser.add_argument("--history", type=Path, metavar="FILE", help="record every step, for distclip report")
+    parser.add_argument(
+        "--history", type=_path, metavar="FILE", help="record every step, for distclip report"
+    )
     return parser
 
 
@@ -93,66 +96,79 @@ _PARSERS = {"audit": _parser_of_audit, "run": _parser_of_run}
 
 
 def _audit(own: argparse.Namespace, target: str, theirs: list[str], is_module: bool) -> int:
-    exchange = Exchange()
+    exchange, process = Exchange(), os.getpid()
     recorder = Recorder(every=own.every, steps=own.steps, note=exchange.note, hold=exchange.hold)
     watch = Watch(recorder)
     watch.install()
-    code = 1
+    code = run_program(target, theirs, is_module=is_module)
+    if os.getpid() != process:  # forked by the script
+        return code
+    watch.remove()
+    recorder.remove()
     try:
-        code = run_program(target, theirs, is_module=is_module)
-    finally:
-        watch.remove()
-        recorder.remove()
-        try:
-            judgement = _judged(recorder, exchange)
-            if judgement is not None:
-                code = _leave(judgement, own, target, code)
-        except Exception as error:  # of the audit's own, which is no fault of the script's
-            print(f"distclip audit: {type(error).__name__}: {error}", file=sys.stderr)
-    return code
+        judgement = _judged(recorder, exchange, failed=code != 0)
+    except Exception as error:  # of the audit's own, which is no fault of the script's
+        _say(f"distclip audit: {type(error).__name__}: {error}")
+        return code
+    if judgement is None:
+        return code
+    _say(f"\n{as_text(judgement)}")
+    for path, write in (
+        (own.json, write_json),
+        (own.html, partial(write_page, program=target)),
+        (own.history, write_history),
+    ):
+        if path is not None:
+            try:
+                write(path, judgement)
+            except OSError as error:
+                _say(f"distclip audit: {path}: {error.strerror or error}")
+                code = code or 2
+    return WRONG if own.strict and judgement.verdict == "wrong" and code in (0, 2) else code
 
 
-def _judged(recorder: Recorder, exchange: Exchange) -> Judgement | None:
+def _judged(recorder: Recorder, exchange: Exchange, *, failed: bool) -> Judgement | None:
     """On rank 0."""
     notes = recorder.finish()
     exchange.note(notes)
+    if exchange.is_alone:  # whatever the launcher has set
+        notes.world_size = 1
     if notes.rank:
-        exchange.wait_for_rank_0(notes)
+        exchange.wait_for_rank_0(notes, failed=failed)
         return None
     every = exchange.collect(notes)
     exchange.say_read()
     return judge(every)
 
 
-def _leave(judgement: Judgement, own: argparse.Namespace, target: str, code: int) -> int:
+def _say(text: str) -> None:
     sys.stdout.flush()
-    print("\n" + shown(as_text(judgement), sys.stderr), file=sys.stderr, flush=True)
-    if own.json is not None:
-        write_json(own.json, judgement)
-    if own.html is not None:
-        write_page(own.html, judgement, target)
-    if own.history is not None:
-        write_history(own.history, judgement)
-    if own.strict and judgement.verdict == "wrong" and code == 0:
-        return WRONG
-    return code
+    print(shown(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _run(own: argparse.Namespace, target: str, theirs: list[str], is_module: bool) -> int:
     replacing = Replacing(own.strategy, own.history)
     watch = Watch(replacing, [f for f in FUNCTIONS if replacing.can_replace(f)])
     watch.install()
-    code = 1
-    try:
-        code = run_program(target, theirs, is_module=is_module)
-    finally:
-        watch.remove()
-        replacing.close()
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n" + shown(replacing.as_text(), sys.stderr), file=sys.stderr, flush=True)
+    process = os.getpid()
+    code = run_program(target, theirs, is_module=is_module)
+    if os.getpid() != process:  # forked by the script
+        return code
+    watch.remove()
+    replacing.close()
+    if int(os.environ.get("RANK", 0)) == 0:
+        _say(f"\n{replacing.as_text()}")
     if code == 0 and not replacing.replaced:
         return 2
     return code
+
+
+def _path(text: str) -> Path:
+    """Absolute, since the script may go elsewhere."""
+    path = Path(text).absolute()
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
 
 
 def _positive(text: str) -> int:

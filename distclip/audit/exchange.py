@@ -59,10 +59,16 @@ class Exchange:
                     found[rank] = Notes.from_json(b"".join(chunks).decode())
         return dict(sorted(found.items()))
 
-    def wait_for_rank_0(self, own: Notes) -> None:
-        """Rank 0 may be reading what this rank has in a store that ends with it."""
+    @property
+    def is_alone(self) -> bool:
+        """Whether ranks have never met."""
+        return self._store is None
+
+    def wait_for_rank_0(self, own: Notes, *, failed: bool) -> None:
+        """Rank 0 may be reading what this rank has in a store that ends with it. ``failed``: it may wait for
+        this rank to end, which has raised."""
         if self._store is not None and own.world_size > 1:
-            end = time.monotonic() + _PATIENCE
+            end = time.monotonic() + (2.0 if failed else _PATIENCE)
             with contextlib.suppress(Exception):
                 while not self._store.check([f"{_KEY}/read"]) and time.monotonic() < end:
                     time.sleep(0.02)

@@ -41,6 +41,11 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
         "these parameters are stepped with gradients that nobody clips, nor counts in the norm",
         "pass all that the optimizer steps: distclip.clip_grad_norm_(optimizer, max_norm)",
     ),
+    "unclipped-optimizer": (
+        "note",
+        "its parameters are stepped with whatever gradients there are",
+        "if that is not meant: distclip.clip_grad_norm_(optimizer, max_norm)",
+    ),
     "clipped-twice": (
         "note",
         "they are scaled by two coefficients in one step",

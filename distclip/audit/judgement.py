@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distclip.audit.exchange import ranks_in_words
@@ -24,6 +24,7 @@ class Judged:
     Attributes:
         norm, true_norm: of the latest call that was looked into; None where there is none, or none is known.
         norms: by call, what was returned to rank 0, and the norm of the whole gradient where it is known.
+        looked: whether any call was looked into.
         seconds: a call; ``share``: of the time of the script. ``collectives``, ``syncs``: a call.
     """
 
@@ -40,6 +41,7 @@ class Judged:
     collectives: int = 0
     syncs: int = 0
     findings: list[Finding] = field(default_factory=list)
+    looked: bool = False
 
 
 @dataclass
@@ -74,12 +76,15 @@ def judge(notes: Mapping[int, Notes]) -> Judgement:
     calls = [_judge_place(by_rank, notes, world_size) for by_rank in places.values()]
     general = list(_steppers(notes, any(c.calls for c in calls)))
     late = {rank for rank in range(world_size) if rank not in notes or not notes[rank].ended}
+    for rank, own in notes.items():
+        if own.nonfinite and not any(f.kind == "nonfinite" for f in general):
+            general.append(Finding("nonfinite", "", f"{_names(own.nonfinite)} are not finite on rank {rank}"))
     if late and calls:
         general.append(Finding("unfinished", "", f"rank(s) {ranks_in_words(late)} did not come to an end"))
     if not calls:
         general.append(Finding("no-call", "", "no call that clips was seen"))
     found = [f for call in calls for f in call.findings] + general
-    doubtful = {"ownership", "no-call"} & {f.kind for f in found}
+    doubtful = {"ownership", "no-call"} & {f.kind for f in found} or not all(c.looked for c in calls)
     verdict = "wrong" if any(f.severity == "wrong" for f in found) else "unknown" if doubtful else "right"
     count = sum(place.calls for place in first.places)
     troubles = [f"rank {rank}: {text}" for rank, own in notes.items() for text in own.troubles]
@@ -88,7 +93,7 @@ def judge(notes: Mapping[int, Notes]) -> Judgement:
 
 def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_size: int) -> Judged:
     first_rank = min(by_rank)
-    place = by_rank[first_rank]
+    place = _together(by_rank)
     seconds = place.seconds / max(place.timed, 1)
     script = notes[first_rank].seconds - notes[first_rank].overhead
     share = seconds * place.calls / script if script > 0 else 0.0
@@ -101,7 +106,7 @@ def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_si
         for sample in own.samples:
             calls[sample.call][rank] = sample
     for number, samples in sorted(calls.items()):
-        for kind, seen in _judge_call(judged, number, samples, len(by_rank), place.kind):
+        for kind, seen in _judge_call(judged, number, samples, world_size, place.kind):
             found.setdefault(kind, Finding(kind, place.where, seen))
     if "not-synchronised" in found:  # the rest follows from it
         for kind in ("ranks-differ", "norm", "ownership"):
@@ -111,20 +116,31 @@ def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_si
     for kind, seen in _habits(judged, place, by_rank, notes, world_size):
         found.setdefault(kind, Finding(kind, place.where, seen))
     judged.findings = list(found.values())
+    judged.looked = bool(calls)
     return judged
+
+
+def _together(by_rank: dict[int, Place]) -> Place:
+    """What was seen on any rank, in the numbers of the one that saw it most."""
+    places = list(by_rank.values())
+    most = {
+        name: max(getattr(p, name) for p in places)
+        for name in ("empty", "stale", "early", "exhausted", "nonfinite_steps")
+    }
+    return replace(by_rank[min(by_rank)], **most)
 
 
 # --- one call on all ranks ----------------------------------------------------------------------------------
 
 
 def _judge_call(
-    judged: Judged, number: int, samples: dict[int, Sample], ranks: int, kind: str
+    judged: Judged, number: int, samples: dict[int, Sample], world_size: int, kind: str
 ) -> Iterator[tuple[str, str]]:
     one = next(iter(samples.values()))
     judged.max_norm = one.max_norm
     judged.collectives = max(judged.collectives, one.collectives)
     judged.syncs = max(judged.syncs, one.syncs)
-    if any(s.scaled for s in samples.values()):
+    if any(s.scaled for s in samples.values()) and kind != "measure":
         yield (
             "scaled",
             f"call {number}: a GradScaler has scaled the loss, and nobody has unscaled the gradients",
@@ -132,43 +148,45 @@ def _judge_call(
     twice = sorted({part.name for s in samples.values() for part in s.parts if part.times > 1})
     if twice:
         yield "listed-twice", f"{_names(twice)} in the list more than once"
-    if len(samples) < ranks:
-        return  # of some ranks this call is not known
-    counted = _Counted(samples, one.p)
-    if counted.unsynchronised:
-        yield (
-            "not-synchronised",
-            (
-                f"call {number}: {_names(counted.unsynchronised)} have the same values on all ranks, and "
-                "other gradients"
-            ),
-        )
     returned = {rank: _returned(sample, samples) for rank, sample in samples.items()}
     known = {rank: norm for rank, norm in returned.items() if norm is not None}
+    judged.norm = known[min(known)] if known else None
+    if len(samples) < world_size:
+        if known:
+            judged.norms.append((number, known[min(known)], None))
+        return  # of some ranks this call is not known, or they make it elsewhere
+    counted = _Counted(samples, one.p)
+    if counted.unsynchronised and kind != "measure":
+        yield (
+            "not-synchronised",
+            f"call {number}: {_names(counted.unsynchronised)} have the same values on all ranks, and other "
+            "gradients",
+        )
+    judged.true_norm = None if counted.unsynchronised or kind == "scale" else counted.norm
     if known:
-        judged.norm = known[min(known)]
-        judged.true_norm = None if counted.unsynchronised or kind == "scale" else counted.norm
-        judged.norms.append((number, judged.norm, judged.true_norm))
-    if len(known) > 1 and _apart(known.values()):
+        judged.norms.append((number, known[min(known)], judged.true_norm))
+    if counted.undeclared and kind != "measure":
+        yield "ownership", f"{_names(counted.undeclared)}: plain tensors that are not the same on every rank"
+    if kind == "measure":
+        return  # what the script makes of it is judged where it clips
+    digits = max(_rounding(s.digits) for s in samples.values())
+    coarse = max([digits, *(_rounding(part.dtype) for s in samples.values() for part in s.parts)])
+    if len(known) > 1 and _apart(known.values(), digits):
         listed = ", ".join(f"{norm:.6g} on rank {rank}" for rank, norm in sorted(known.items())[:4])
         yield "ranks-differ", f"call {number}: the norm is {listed}"
     coefficients = {r: s.coefficient for r, s in samples.items() if s.coefficient is not None}
-    if len(coefficients) > 1 and _apart(coefficients.values()):
+    if len(coefficients) > 1 and _apart(coefficients.values(), coarse):
         listed = ", ".join(f"{c:.4g} on rank {rank}" for rank, c in sorted(coefficients.items())[:4])
         yield "ranks-differ", f"call {number}: gradients were multiplied by {listed}"
-    if counted.undeclared:
-        yield "ownership", f"{_names(counted.undeclared)}: plain tensors that are not the same on every rank"
     if judged.true_norm is not None and not twice:
         for rank, norm in known.items():
-            if _apart([norm, judged.true_norm]):
+            if _apart([norm, judged.true_norm], max(digits, coarse)):
                 yield (
                     "norm",
-                    (
-                        f"call {number}: {norm:.6g} where the whole gradient has {judged.true_norm:.6g}"
-                        + _why(samples[rank], norm, rank)
-                    ),
+                    f"call {number}: {norm:.6g} where the whole gradient has {judged.true_norm:.6g}"
+                    + _why(samples[rank], norm, rank),
                 )
-    if one.digits in ("torch.bfloat16", "torch.float16") and judged.norm and judged.true_norm:
+    if digits > _CLOSE and judged.norm and judged.true_norm:
         error = abs(judged.norm - judged.true_norm) / judged.true_norm
         yield (
             "digits",
@@ -188,22 +206,39 @@ class _Counted:
     def __init__(self, samples: dict[int, Sample], p: float) -> None:
         pieces: defaultdict[tuple[Any, ...], dict[int, Part]] = defaultdict(dict)
         for rank, sample in samples.items():
-            for part in sample.parts:
-                pieces[part.name, part.shape, part.piece][rank] = part
+            for key, part in zip(_keys(sample, samples), sample.parts, strict=True):
+                pieces[key][rank] = part
+        every = [list(by_rank.values()) for by_rank in pieces.values()]
+        copies = [all(_near(part.value, parts[0].value) for part in parts) for parts in every]
+        self.undeclared = [
+            parts[0].name
+            for parts, is_copy in zip(every, copies, strict=True)
+            if parts[0].piece is None and (not is_copy or len(parts) < len(samples))
+        ]
         powers: list[float] = []
         self.unsynchronised: list[str] = []
-        self.undeclared: list[str] = []
-        for (name, _, piece), by_rank in pieces.items():
-            parts = list(by_rank.values())
-            alike = [p for p in parts if _near(p.value, parts[0].value)]
-            is_copy = len(alike) == len(parts)
-            if piece is None and (not is_copy or (len(parts) < len(samples) and len(samples) > 1)):
-                self.undeclared.append(name)
-            if is_copy and any(not _same_gradient(part, parts[0], p) for part in parts):
-                self.unsynchronised.append(name)
-            distinct = parts[:1] if is_copy else parts
-            powers += [part.power for part in distinct if part.power is not None]
+        for parts, is_copy in zip(every, copies, strict=True):
+            differ = any(not _same_gradient(part, parts[0], p) for part in parts)
+            # Biases of 0 and scales of 1 are equal on ranks that hold other layers, too.
+            is_other = not is_copy or (differ and bool(self.undeclared))
+            if differ and not is_other:
+                self.unsynchronised.append(parts[0].name)
+            powers += [part.power for part in (parts if is_other else parts[:1]) if part.power is not None]
         self.norm = joined(powers, p) if powers else None
+
+
+def _keys(sample: Sample, samples: dict[int, Sample]) -> list[tuple[Any, ...]]:
+    """By which parts are found on other ranks: their places, where all ranks pass lists of the same shapes;
+    else their names."""
+    shapes = [part.shape for part in sample.parts]
+    if all([part.shape for part in other.parts] == shapes for other in samples.values()):
+        return [(i, part.piece) for i, part in enumerate(sample.parts)]
+    seen: Counter[str] = Counter()
+    keys: list[tuple[Any, ...]] = []
+    for part in sample.parts:
+        keys.append((part.name, seen[part.name], part.shape, part.piece))
+        seen[part.name] += 1
+    return keys
 
 
 def _same_gradient(one: Part, other: Part, p: float) -> bool:
@@ -212,7 +247,8 @@ def _same_gradient(one: Part, other: Part, p: float) -> bool:
     if not (math.isfinite(one.power) and math.isfinite(other.power)):
         return True
     size = max(one.power, other.power) if math.isinf(p) else max(one.power, other.power) ** (1 / p)
-    return abs(one.gradient - other.gradient) <= _CLOSE * max(size, abs(one.gradient), abs(other.gradient))
+    close = max(_rounding(one.dtype), _CLOSE)
+    return abs(one.gradient - other.gradient) <= close * max(size, abs(one.gradient), abs(other.gradient))
 
 
 def _returned(sample: Sample, samples: dict[int, Sample]) -> float | None:
@@ -222,9 +258,8 @@ def _returned(sample: Sample, samples: dict[int, Sample]) -> float | None:
     parts = [samples[r].norm for r in sample.partial_over if r in samples]
     if len(parts) < len(sample.partial_over) or any(part is None for part in parts):
         return None
-    return joined(
-        [part if math.isinf(sample.p) else part**sample.p for part in parts if part is not None], sample.p
-    )
+    p = sample.p
+    return joined([part if math.isinf(p) else part**p for part in parts if part is not None], p)
 
 
 def _why(sample: Sample, norm: float, rank: int) -> str:
@@ -253,7 +288,7 @@ def _habits(
     elsewhere = {r for r in away if r in notes and any(p.calls for p in notes[r].places)}
     if away - elsewhere:
         yield "absent", f"rank(s) {ranks_in_words(away - elsewhere)} never called it"
-    elif behind and all(notes[r].ended for r in by_rank):
+    elif behind and all(notes[r].ended and not notes[r].joins for r in by_rank):
         yield "absent", f"rank(s) {ranks_in_words(behind)} called it less often than the others"
     yield from _threshold(judged)
     if judged.share > _DEAR and judged.calls > 1:
@@ -288,8 +323,10 @@ def _steppers(notes: Mapping[int, Notes], clips: bool) -> Iterator[Finding]:
             is_muon = "muon" in stepper.optimizer.lower()
             some = f"{stepper.optimizer} steps {stepper.total} parameters"
             found = []
-            if clips and stepper.never and not (is_muon and len(stepper.never) == stepper.total):
+            if clips and stepper.never and len(stepper.never) < stepper.total:
                 found.append(("not-clipped", f"{some}, of which {_names(stepper.never)} were never clipped"))
+            elif clips and stepper.never and not is_muon:
+                found.append(("unclipped-optimizer", f"{some}, none of which was clipped"))
             if stepper.twice:
                 found.append(("clipped-twice", f"{_names(stepper.twice)}, stepped by {stepper.optimizer}"))
             if is_muon and stepper.by_norm:
@@ -313,14 +350,19 @@ def _near(one: float, other: float) -> bool:
     return one == other or abs(one - other) <= 1e-5 * max(abs(one), abs(other))
 
 
-def _apart(numbers: Iterable[float]) -> bool:
+def _apart(numbers: Iterable[float], close: float = _CLOSE) -> bool:
     """Whether they are not the same, but for rounding. NaN is like NaN."""
     found = list(numbers)
     if any(map(math.isnan, found)):
         return not all(map(math.isnan, found))
     if any(map(math.isinf, found)):
         return len(set(found)) > 1
-    return max(found) - min(found) > _CLOSE * max(map(abs, found))
+    return max(found) - min(found) > close * max(map(abs, found))
+
+
+def _rounding(dtype: str) -> float:
+    """How far apart numbers of it may be that were meant to be the same."""
+    return {"torch.bfloat16": 2e-2, "torch.float16": 4e-3}.get(dtype, _CLOSE)
 
 
 def _names(names: Sequence[str]) -> str:

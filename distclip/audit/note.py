@@ -20,6 +20,7 @@ class Part:
             parameter does not tell (a plain tensor).
         power: Σ|g|^p of this part, max|g| for p = ∞; None where there is no gradient.
         gradient, value: fingerprints, equal where the numbers are.
+        dtype: of the gradient, or of the parameter where there is none.
         times: how often the call was given it.
     """
 
@@ -29,6 +30,7 @@ class Part:
     power: float | None
     gradient: float
     value: float
+    dtype: str
     times: int = 1
 
 
@@ -110,12 +112,20 @@ class Stepped:
 
 @dataclass
 class Notes:
-    """All that one rank has noted. ``overhead``: seconds that the audit itself took."""
+    """All that one rank has noted.
+
+    Attributes:
+        nonfinite: names of parameters that hold NaN or infinity at the end.
+        joins: whether DDP lets ranks be absent, as torch's ``Join`` does.
+        overhead: seconds that the audit itself took.
+    """
 
     rank: int
     world_size: int
     places: list[Place] = field(default_factory=list)
     steppers: list[Stepped] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    joins: bool = False
     backwards: int = 0
     overhead: float = 0.0
     seconds: float = 0.0

@@ -108,7 +108,7 @@ def write_history(path: Path, judgement: Judgement) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def write_page(path: Path, judgement: Judgement, program: str) -> None:
+def write_page(path: Path, judgement: Judgement, *, program: str) -> None:
     """One page that needs nothing but a browser."""
     calls = "".join(map(_row, judgement.calls))
     findings = "".join(map(_item, judgement.findings)) or "<p>Nothing to object to.</p>"

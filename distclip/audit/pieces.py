@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,28 +22,38 @@ from distclip.torch_private.dtensor import local_of
 
 
 class Names:
-    """Of parameters, in the models that are alive, however the script passes them."""
+    """Of parameters, in the models that are alive, however the script passes them. For people: two models may
+    use the same."""
 
     def __init__(self) -> None:
-        self._known: dict[int, str] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def of(self, tensors: Sequence[Tensor]) -> list[str]:
-        if any(id(t) not in self._known for t in tensors):
+        if any(self._name(t) is None for t in tensors):
             self._look(tensors)
-        return [self._known.get(id(t), f"parameters[{i}]") for i, t in enumerate(tensors)]
+        return [self._name(t) or f"parameters[{i}]" for i, t in enumerate(tensors)]
+
+    def _name(self, tensor: Tensor) -> str | None:
+        alive, name = self._known.get(id(tensor), (_nothing, ""))
+        return name if alive() is tensor else None
 
     def _look(self, tensors: Sequence[Tensor]) -> None:
         wanted = {id(t) for t in tensors}
         holders: list[nn.Module] = living(nn.Module)
-        for module in holders:
-            if is_fsdp1(module):
-                annotate_fsdp1(module)
+        for module in filter(is_fsdp1, holders):
+            annotate_fsdp1(module)
         inside = {id(child) for m in holders for child in m.children()}
-        tops = [m for m in holders if id(m) not in inside]
-        for top in tops:
+        for top in (m for m in holders if id(m) not in inside):
             for p in walk_modules([top]):
-                if id(p.tensor) in wanted:
-                    self._known.setdefault(id(p.tensor), p.name)
+                if id(p.tensor) in wanted and self._name(p.tensor) is None:
+                    self._known[id(p.tensor)] = weakref.ref(p.tensor), p.name
+        for i, t in enumerate(tensors):  # of no model: not to be looked for again
+            if self._name(t) is None:
+                self._known[id(t)] = weakref.ref(t), f"parameters[{i}]"
+
+
+def _nothing() -> None:
+    return None
 
 
 def living(kind: type) -> list[Any]:
@@ -67,6 +78,7 @@ def parts_of(tensors: Sequence[Tensor], names: Sequence[str], p: float) -> list[
             power_of(tensor.grad, p),
             _fingerprint(tensor.grad),
             _fingerprint(tensor),
+            str((tensor if tensor.grad is None else tensor.grad).dtype),
             times[id(tensor)],
         )
     return list(found.values())

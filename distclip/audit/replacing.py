@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from distclip import functional
 from distclip.apply.change import OnNonfinite
@@ -60,6 +61,8 @@ class Replacing:
         )
 
     def __call__(self, function: Function, original: Callable[..., Any], call: Call) -> Any:
+        if call.argument(function.norm_type) not in (None, 0.5, 1, 2, 3, float("inf"), "inf"):
+            return original(*call.args, **call.kwargs)  # a norm that distclip does not have
         where = place_of_call()
         self.replaced[function.label, where] += 1
         if call.exhausted and where in self._lists:  # an iterator that the script has used up
@@ -86,7 +89,7 @@ class Replacing:
         bound = call.argument(function.max_norm)
         if self._make is None and self._history is None:
             self._latest = functional.clip_grad_norm_(call.tensors, bound, p, strict)
-            return self._latest
+            return _as_torch_has_it(self._latest, call.tensors)
         strategy = self._make or partial(GlobalNorm, bound, p)
         key = (bound, p, strict, *map(id, call.tensors))
         if key not in self._clippers:
@@ -96,7 +99,7 @@ class Replacing:
         self._latest = report.total_norm
         if self._history is not None:
             self._history.record(report)
-        return report.total_norm
+        return _as_torch_has_it(report.total_norm, call.tensors)
 
     def _by_accelerator(self, function: Function, call: Call) -> Any:
         accelerator = call.args[0]
@@ -146,6 +149,14 @@ def strategy_named(name: str) -> Callable[[], Strategy]:
             return made
     expected = ", ".join(known.lower() for known in _STRATEGIES)
     raise argparse.ArgumentTypeError(f"there is no {name}: expected one of {expected}")
+
+
+def _as_torch_has_it(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Of DTensors a DTensor, whose ``full_tensor()`` scripts call."""
+    mesh = next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+    if mesh is None:
+        return norm
+    return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _annotate() -> None:

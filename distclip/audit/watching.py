@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.util
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -77,8 +80,8 @@ class Call:
 
     Attributes:
         tensors: the parameters, or gradients, that it was given.
-        args, kwargs: with a list where it was given an iterator, which can be read only once.
-        exhausted: whether that was an iterator with nothing left in it.
+        args, kwargs: with another iterator where it was given one, which can be read only once.
+        exhausted: whether that was an iterator with nothing left in it, which had something before.
     """
 
     function: Function
@@ -116,14 +119,25 @@ def _call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         tensors = list(given.parameters())
     else:
         items = list(given)
-        exhausted = isinstance(given, Iterator) and not items
-        if isinstance(given, Iterator):
+        if isinstance(given, Iterator) and items:
+            _note_used(given)
+            again = (item for item in items)  # an iterator too: functions treat those in ways of their own
             if name in kwargs:
-                kwargs = {**kwargs, name: items}
+                kwargs = {**kwargs, name: again}
             else:
-                args = (*args[:at], items, *args[at + 1 :])
+                args = (*args[:at], again, *args[at + 1 :])
+        elif isinstance(given, Iterator):
+            exhausted = given in _used
         tensors = [t for t in items if isinstance(t, Tensor)]
     return Call(function, tensors, args, kwargs, exhausted)
+
+
+_used: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that a call has read
+
+
+def _note_used(iterator: Any) -> None:
+    with contextlib.suppress(TypeError):  # of a class that has no weak references
+        _used.add(iterator)
 
 
 Replacement = Callable[[Function, Callable[..., Any], Call], Any]
@@ -164,7 +178,9 @@ class Watch:
             original = None if holder is None else vars(holder).get(name)
             if original is None or hasattr(original, _ORIGINAL):
                 continue
-            code = getattr(original, "__wrapped__", original).__code__
+            code = getattr(getattr(original, "__wrapped__", original), "__code__", None)
+            if code is None:
+                continue  # nothing tells what its arguments are called
             _POSITIONS[function.module, function.name] = code.co_varnames[: code.co_argcount]
             watched = self._watched(function, original)
             self._put(holder, name, watched)
@@ -181,7 +197,7 @@ class Watch:
     def _watched(self, function: Function, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._depth:
+            if torch.compiler.is_compiling() or self._depth:
                 return original(*args, **kwargs)
             try:
                 call = _call(function, args, kwargs)

@@ -82,11 +82,16 @@ def main():
             scaler.scale(loss_of(model, x, y)).backward()
             if KIND == "too_early":
                 clip_grad_norm_(model.parameters(), MAX_NORM)
+        if KIND == "late_nan" and step == STEPS - 2:
+            for p in parameters:
+                p.grad.fill_(float("nan"))
         if KIND == "amp":
             scaler.unscale_(optimizer)
         if KIND == "after":
             optimizer.step()
         clip(model, parameters, iterator)
+        if KIND == "backward_after":
+            loss_of(model, x, y).backward()
         if KIND == "after":
             continue
         if "amp" in KIND:
