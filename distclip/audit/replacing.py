@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from distclip.monitor.history import History
 from distclip.strategies import GlobalNorm
 from distclip.strategies._base import Strategy
 
-_STRATEGIES = ("AdaGC", "Percentile", "ZClip", "SPAM", "SkipSpikes")  # those that need no arguments
+# Those that need no arguments, and leave out no step, which the script would take all the same.
+_STRATEGIES = ("AdaGC", "Percentile", "ZClip", "SPAM")
 
 
 class Replacing:
@@ -63,15 +65,17 @@ class Replacing:
     def __call__(self, function: Function, original: Callable[..., Any], call: Call) -> Any:
         if call.argument(function.norm_type) not in (None, 0.5, 1, 2, 3, float("inf"), "inf"):
             return original(*call.args, **call.kwargs)  # a norm that distclip does not have
+        if function.name.startswith("Accelerator."):
+            return self._by_accelerator(function, call)
         where = place_of_call()
         self.replaced[function.label, where] += 1
         if call.exhausted and where in self._lists:  # an iterator that the script has used up
             call = replace(call, tensors=self._lists[where])
             self._exhausted.add(where)
+        before = self._lists.get(where, [])
+        if len(before) != len(call.tensors) or not all(map(is_, before, call.tensors)):
+            _annotate()  # which looks through all objects
         self._lists[where] = call.tensors
-        _annotate()
-        if function.name.startswith("Accelerator."):
-            return self._by_accelerator(function, call)
         return self._clip(function, call)
 
     def _clip(self, function: Function, call: Call) -> Any:
@@ -102,12 +106,24 @@ class Replacing:
         return _as_torch_has_it(report.total_norm, call.tensors)
 
     def _by_accelerator(self, function: Function, call: Call) -> Any:
+        """distclip is installed in it at its first call, and from then on what the script calls."""
         accelerator = call.args[0]
         if id(accelerator) not in self._installed:
-            make = self._make
-            self._installed[id(accelerator)] = accelerate.install(accelerator, make)
-        name = function.name.split(".")[-1]
-        return getattr(accelerator, name)(*call.args[1:], **call.kwargs)
+            installed = self._installed[id(accelerator)] = accelerate.install(accelerator, self._make)
+            for name in ("clip_grad_norm_", "clip_grad_value_"):
+                method = partial(self._as_installed, installed, name, getattr(accelerator, name))
+                setattr(accelerator, name, method)
+        return getattr(accelerator, function.name.split(".")[-1])(*call.args[1:], **call.kwargs)
+
+    def _as_installed(self, installed: Any, name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
+        self.replaced[f"Accelerator.{name}", place_of_call()] += 1
+        before = installed.report
+        result = method(*args, **kwargs)
+        if installed.report is not before:
+            self._latest = installed.report.total_norm
+            if self._history is not None:
+                self._history.record(installed.report)
+        return result
 
     def close(self) -> None:
         for installed in self._installed.values():

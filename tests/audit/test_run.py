@@ -59,3 +59,20 @@ def test_a_strategy_that_there_is_not(tmp_path: Path) -> None:
     ended = launch(1, "run", "--strategy", "nonsense", SCRIPT, "single")
     assert ended.codes != [0]
     assert "zclip" in ended.err[0]
+
+
+def test_a_history_under_accelerate(tmp_path: Path) -> None:
+    history = tmp_path / "run.jsonl"
+    ended = launch(1, "run", "--history", history, SCRIPTS / "frameworks.py", "accelerate")
+    assert ended.codes == [0], ended.err
+    from distclip.monitor.run import read
+
+    assert len(read(history)) == 8
+    assert "8 calls were distclip's; the latest norm was" in ended.err[0]
+
+
+def test_a_strategy_that_leaves_out_steps(tmp_path: Path) -> None:
+    """The script would take them."""
+    ended = launch(1, "run", "--strategy", "skipspikes", SCRIPT, "single")
+    assert ended.codes == [2]
+    assert "there is no skipspikes" in ended.err[0]

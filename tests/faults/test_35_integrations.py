@@ -82,7 +82,9 @@ def test_35_an_evaluation_without_sync_is_none(rank: int) -> None:
         with job.model.no_sync(), torch.no_grad():
             job.model(torch.ones(1, 8))
         a.clip_grad_value_(whole(job), 0.5)
+        assert max(float(p.grad.abs().max()) for p in whole(job)) <= 0.5
         a.clip_grad_norm_(whole(job), BOUND)
+        assert a.clip_grad_norm_(whole(job), math.inf).item() == pytest.approx(BOUND, rel=1e-4)
 
 
 # --- 40, 41 ----------------------------------------------------------------------------------------------

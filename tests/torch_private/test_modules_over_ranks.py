@@ -248,6 +248,27 @@ def test_unsharded_gradients(rank: int) -> None:
     assert [tuple(g.shape) for (g,) in found] == [(5, 3), (5,), (2, 5), (2,)]
 
 
+@on_ranks(2)
+def test_awaits_finalization(rank: int) -> None:
+    """Where torch has it, see also tests/faults/test_57_finalization.py."""
+    sharded: Any = net()
+    fully_shard(sharded, mesh=mesh1(2))
+    parallel: Any = DistributedDataParallel(net())
+    for model in (sharded, parallel):
+        backward(model)
+    assert not fsdp.awaits_finalization(sharded)
+    assert not ddp.awaits_finalization(parallel)
+    if not hasattr(sharded, "finalize_backward"):  # before 2.15
+        return
+    sharded.set_manual_backward_finalization(True)
+    parallel.require_manual_backward_finalization = True
+    for model, awaits in ((sharded, fsdp.awaits_finalization), (parallel, ddp.awaits_finalization)):
+        backward(model)
+        assert awaits(model)
+        model.finalize_backward()
+        assert not awaits(model)
+
+
 @on_ranks(4)
 def test_is_partly_reduced(rank: int) -> None:
     model: Any = net()
