@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections import deque
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -249,14 +250,19 @@ class Advice:
 def _forgotten_scaler() -> bool:
     """Whether a GradScaler has scaled losses since its last update, and no gradients have been unscaled for
     it. (Found by the garbage collector: tens of milliseconds, once.)"""
-    for scaler in gc.get_objects():
-        if not issubclass(type(scaler), GradScaler):
-            continue
-        if grad_scaler.is_on(scaler) and grad_scaler.scale_of(scaler) is not None:
-            states = grad_scaler.states(scaler)
-            if not isinstance(states, AfterStep) and not states:
-                return True
-    return False
+    if not any(map(_forgotten, gc.get_objects())):
+        return False
+    gc.collect()  # it may be that of a training long ended, which nobody has cleared away
+    return any(map(_forgotten, gc.get_objects()))
+
+
+def _forgotten(scaler: Any) -> bool:
+    if not issubclass(type(scaler), GradScaler):
+        return False
+    if not grad_scaler.is_on(scaler) or grad_scaler.scale_of(scaler) is None:
+        return False
+    states = grad_scaler.states(scaler)
+    return not isinstance(states, AfterStep) and not states
 
 
 def suggest_max_norm(norms: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -91,4 +92,18 @@ def test_46_silent_without_a_scaler(caplog: pytest.LogCaptureFixture) -> None:
     for step in range(30):
         parameter.grad = torch.full((3,), 1.0 + 0.1 * step)
         clipper.clip()
+    assert not caplog.records
+
+
+def test_46_silent_of_what_nobody_holds(caplog: pytest.LogCaptureFixture) -> None:
+    """A scaler of a training that is over, which waits in a cycle for the garbage collector."""
+    scaler = GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.myself = scaler  # type: ignore[attr-defined]
+    gc.disable()
+    try:
+        del scaler
+        train(distclip.GlobalNorm(0.1), 1.0, "right")
+    finally:
+        gc.enable()
     assert not caplog.records
