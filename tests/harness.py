@@ -313,3 +313,5 @@ def quiet_known_warnings() -> None:
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     # Of torch.compile, once a process.
     warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0")
+    # Of torch 2.6, about dropout.
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")

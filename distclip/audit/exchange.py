@@ -4,12 +4,15 @@ for. A rank that does not come is one whose notes are not there."""
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 
-from distclip.audit.note import Notes
+from distclip.audit.note import Notes, Sample
 from distclip.torch_private.groups import default_store
 
 _KEY = "distclip/audit"
@@ -22,6 +25,8 @@ class Exchange:
 
     def __init__(self) -> None:
         self._store: dist.Store | None = None
+        self._chunks: list[int] = []  # of each sample that has been left
+        self._left: set[int] = set()  # those, by identity: notes hold them to the end
 
     def hold(self) -> None:
         """Take the store, if there is one by now."""
@@ -29,15 +34,21 @@ class Exchange:
             self._store = default_store()
 
     def note(self, notes: Notes) -> None:
-        """Leave what this rank has noted so far."""
+        """Leave what this rank has noted since the last time."""
         self.hold()
         if self._store is None:
             return
-        text = notes.to_json().encode()
-        chunks = [text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)]
-        for i, chunk in enumerate(chunks):
-            self._store.set(f"{_KEY}/{notes.rank}/{i}", chunk)  # type: ignore[arg-type]
-        self._store.set(f"{_KEY}/{notes.rank}", f"{len(chunks)} {int(notes.ended)}")
+        samples = [(i, sample) for i, place in enumerate(notes.places) for sample in place.samples]
+        for i, sample in (pair for pair in samples if id(pair[1]) not in self._left):
+            text = json.dumps([i, asdict(sample)]).encode()
+            chunks = [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
+            for k, chunk in enumerate(chunks):
+                key = f"{_KEY}/{notes.rank}/{len(self._chunks)}/{k}"
+                self._store.set(key, chunk)  # type: ignore[arg-type]
+            self._chunks.append(len(chunks))
+            self._left.add(id(sample))
+        head = {"ended": notes.ended, "chunks": self._chunks, "notes": notes.to_json()}
+        self._store.set(f"{_KEY}/{notes.rank}", json.dumps(head))
 
     def collect(self, own: Notes) -> dict[int, Notes]:
         """On rank 0: by rank, what has come. Waits a while for those that have not ended."""
@@ -48,15 +59,13 @@ class Exchange:
         end = time.monotonic() + _PATIENCE
         while missing and time.monotonic() < end:
             for rank in list(missing):
-                if self._state(rank)[1]:
+                if (self._head(rank) or {}).get("ended"):
                     missing.discard(rank)
             time.sleep(0.02 if len(missing) else 0)
-        for rank in range(own.world_size):
-            count, _ = self._state(rank) if rank != own.rank else (0, True)
-            if count:
-                with contextlib.suppress(Exception):
-                    chunks = [self._store.get(f"{_KEY}/{rank}/{i}") for i in range(count)]
-                    found[rank] = Notes.from_json(b"".join(chunks).decode())
+        for rank in set(range(own.world_size)) - {own.rank}:
+            with contextlib.suppress(Exception):
+                if (head := self._head(rank)) is not None:
+                    found[rank] = self._read(rank, head)
         return dict(sorted(found.items()))
 
     @property
@@ -78,14 +87,24 @@ class Exchange:
             with contextlib.suppress(Exception):
                 self._store.set(f"{_KEY}/read", "1")
 
-    def _state(self, rank: int) -> tuple[int, bool]:
-        """How many values this rank has left, and whether it has ended."""
+    def _head(self, rank: int) -> Mapping[str, Any] | None:
+        """What this rank has left last: whether it has ended, its notes, and of how many chunks each of its
+        samples is."""
         assert self._store is not None
         with contextlib.suppress(Exception):
             if self._store.check([f"{_KEY}/{rank}"]):
-                count, ended = self._store.get(f"{_KEY}/{rank}").decode().split()
-                return int(count), ended == "1"
-        return 0, False
+                head: Mapping[str, Any] = json.loads(self._store.get(f"{_KEY}/{rank}"))
+                return head
+        return None
+
+    def _read(self, rank: int, head: Mapping[str, Any]) -> Notes:
+        assert self._store is not None
+        notes = Notes.from_json(head["notes"])
+        for i, count in enumerate(head["chunks"]):
+            chunks = [self._store.get(f"{_KEY}/{rank}/{i}/{k}") for k in range(count)]
+            place, sample = json.loads(b"".join(chunks))
+            notes.places[place].samples.append(Sample.from_dict(sample))
+        return notes
 
 
 def ranks_in_words(ranks: Mapping[int, object] | set[int] | list[int]) -> str:

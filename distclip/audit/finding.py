@@ -112,7 +112,8 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
     "no-call": (
         "note",
         "nothing was judged",
-        "no function that the audit knows was called: see `--help` for the list",
+        "no function that the audit knows was called in this process: see `--help` for the list; processes "
+        "that a script starts by itself (mp.spawn) are not looked into: start it with torchrun",
     ),
     "unfinished": ("note", "what it would have done is not known", "let the script end, or give --steps"),
 }

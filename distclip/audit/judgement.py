@@ -8,9 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from distclip.audit.exchange import ranks_in_words
 from distclip.audit.finding import Finding
 from distclip.audit.note import Notes, Part, Place, Sample, joined
+from distclip.inspection.advice import suggest_max_norm
 
 _CLOSE = 1e-3  # relative: what is further apart is another number
 _OFTEN, _SELDOM = 0.95, 20  # clipped in more than that; never in so many
@@ -26,6 +29,7 @@ class Judged:
         norms: by call, what was returned to rank 0, and the norm of the whole gradient where it is known.
         looked: whether any call was looked into.
         seconds: a call; ``share``: of the time of the script. ``collectives``, ``syncs``: a call.
+        ours: seconds of distclip for the same gradients, without its collective; None if not measured.
     """
 
     function: str
@@ -37,6 +41,7 @@ class Judged:
     max_norm: float | None = None
     norms: list[tuple[int, float, float | None]] = field(default_factory=list)
     seconds: float = 0.0
+    ours: float | None = None
     share: float = 0.0
     collectives: int = 0
     syncs: int = 0
@@ -98,7 +103,13 @@ def _judge_place(by_rank: dict[int, Place], notes: Mapping[int, Notes], world_si
     script = notes[first_rank].seconds - notes[first_rank].overhead
     share = seconds * place.calls / script if script > 0 else 0.0
     judged = Judged(
-        place.function, place.where, place.calls, tuple(sorted(by_rank)), seconds=seconds, share=share
+        place.function,
+        place.where,
+        place.calls,
+        tuple(sorted(by_rank)),
+        seconds=seconds,
+        ours=place.ours,
+        share=share,
     )
     found: dict[str, Finding] = {}  # the first of each kind
     calls: defaultdict[int, dict[int, Sample]] = defaultdict(dict)
@@ -297,6 +308,7 @@ def _habits(
             (
                 f"{judged.seconds * 1e3:.2f} ms a call, {judged.share:.0%} of the time; {judged.collectives} "
                 f"collective(s) and {judged.syncs} wait(s) of the host a call"
+                + ("" if judged.ours is None else f"; distclip's: {judged.ours * 1e3:.2f} ms")
             ),
         )
 
@@ -308,7 +320,9 @@ def _threshold(judged: Judged) -> Iterator[tuple[str, str]]:
     if len(norms) < _SELDOM or bound is None or not math.isfinite(bound):
         return
     clipped = sum(n > bound for n in norms) / len(norms)
-    below = f"90 % of the norms are below {norms[int(0.9 * (len(norms) - 1))]:.3g}"
+    if not norms[-1] > 0:
+        return
+    below = f"above what is ordinary in these norms is {suggest_max_norm(torch.tensor(norms)):g}"
     if clipped > _OFTEN:
         yield "always", f"{clipped:.0%} of {len(norms)} calls clip at {bound:g}; {below}"
     elif not clipped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -62,6 +62,20 @@ class Sample:
     collectives: int = 0
     syncs: int = 0
 
+    @staticmethod
+    def from_dict(made: Mapping[str, Any]) -> Sample:
+        parts = [
+            Part(
+                **{
+                    **p,
+                    "shape": tuple(p["shape"]),
+                    "piece": None if p["piece"] is None else tuple(p["piece"]),
+                }
+            )
+            for p in made["parts"]
+        ]
+        return Sample(**{**made, "parts": parts, "partial_over": tuple(made["partial_over"])})
+
 
 @dataclass
 class Place:
@@ -70,6 +84,7 @@ class Place:
     Attributes:
         kind: that of the function.
         calls: how often. ``timed`` of them took ``seconds``, without what the audit adds.
+        ours: seconds of distclip for the gradients of one of them; None if that was not measured.
         empty: how often without any gradient. ``stale``: with gradients that a step has used already.
         early: how often again before a step.
         listed_twice, exhausted: names that a call was given twice; calls that were given an iterator that had
@@ -83,6 +98,7 @@ class Place:
     calls: int = 0
     timed: int = 0
     seconds: float = 0.0
+    ours: float | None = None
     empty: int = 0
     stale: int = 0
     early: int = 0
@@ -133,21 +149,15 @@ class Notes:
     troubles: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """Without the samples, which travel one by one."""
+        places = [replace(place, samples=[]) for place in self.places]
+        return json.dumps(asdict(replace(self, places=places)))
 
     @staticmethod
     def from_json(text: str) -> Notes:
         made: dict[str, Any] = json.loads(text)
-        places = [Place(**{**p, "samples": [_sample(s) for s in p["samples"]]}) for p in made.pop("places")]
+        places = [Place(**place) for place in made.pop("places")]
         return Notes(**{**made, "places": places, "steppers": [Stepped(**s) for s in made["steppers"]]})
-
-
-def _sample(made: Mapping[str, Any]) -> Sample:
-    parts = [
-        Part(**{**p, "shape": tuple(p["shape"]), "piece": None if p["piece"] is None else tuple(p["piece"])})
-        for p in made["parts"]
-    ]
-    return Sample(**{**made, "parts": parts, "partial_over": tuple(made["partial_over"])})
 
 
 def joined(powers: Iterable[float], p: float) -> float:

@@ -26,7 +26,8 @@ def as_text(judgement: Judgement, width: int | None = None) -> str:
     width = width or min(shutil.get_terminal_size((110, 24)).columns, 120)
     ranks = f"{judgement.world_size} rank{'s' * (judgement.world_size > 1)}"
     lines = [f"distclip audit: {judgement.verdict} ({ranks}, torch {torch.__version__})", ""]
-    rows = [("where", "function", "calls", "norm", "true norm", "max_norm", "ms", "collectives", "syncs")]
+    columns = "where", "function", "calls", "norm", "true norm", "max_norm", "ms", "distclip's"
+    rows = [(*columns, "collectives", "syncs")]
     for call in judgement.calls:
         rows.append(
             (
@@ -37,6 +38,7 @@ def as_text(judgement: Judgement, width: int | None = None) -> str:
                 _number(call.true_norm),
                 _number(call.max_norm),
                 f"{call.seconds * 1e3:.2f}",
+                _milliseconds(call.ours),
                 str(call.collectives),
                 str(call.syncs),
             )
@@ -44,7 +46,7 @@ def as_text(judgement: Judgement, width: int | None = None) -> str:
     if judgement.calls:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
-            padded = zip(row, widths, (str.ljust, str.ljust, *[str.rjust] * 7), strict=True)
+            padded = zip(row, widths, (str.ljust, str.ljust, *[str.rjust] * 8), strict=True)
             cells = [pad(cell, size) for cell, size, pad in padded]
             lines.append("  ".join(cells).rstrip())
         lines.append("")
@@ -76,6 +78,7 @@ def as_dict(judgement: Judgement) -> dict[str, Any]:
                 "true_norm": _plain(call.true_norm),
                 "max_norm": _plain(call.max_norm),
                 "seconds": call.seconds,
+                "distclip_seconds": call.ours,
                 "share": call.share,
                 "collectives": call.collectives,
                 "syncs": call.syncs,
@@ -137,6 +140,7 @@ def _row(call: Judged) -> str:
         _number(call.true_norm),
         _number(call.max_norm),
         f"{call.seconds * 1e3:.2f}",
+        _milliseconds(call.ours),
         f"{call.share:.1%}",
         str(call.collectives),
         str(call.syncs),
@@ -186,6 +190,10 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 def _plain(value: float | None) -> float | str | None:

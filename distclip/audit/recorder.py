@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from distclip.audit.comparison import seconds_of_distclip
 from distclip.audit.note import Notes, Place, Sample
 from distclip.audit.pieces import Names, living, local_norm, parts_of
 from distclip.audit.program import Enough
@@ -26,6 +27,7 @@ from distclip.torch_private.operators import TorchDispatchMode
 
 _FIRST = 20  # calls at each place that are looked into; from then on every so manieth
 _COUNTED = 1  # the call whose collectives and waits are counted
+_COMPARED = 2  # the call for whose gradients distclip's own time is taken
 _MOST_TROUBLES = 8
 
 
@@ -127,6 +129,8 @@ class Recorder:
             self.notes.joins = self.notes.joins or any(
                 map(lets_ranks_be_absent, living(DistributedDataParallel))
             )
+        if number == _COMPARED and kind == "norm" and bound is not None:
+            place.ours = seconds_of_distclip(tensors, bound, p)
         counting = _Counting() if number == _COUNTED else None  # which takes time itself
         return place, _Look(sample, tensors, local_norm(tensors), counting)
 
@@ -208,13 +212,15 @@ _OURS, _TORCHS = os.path.dirname(__file__), os.path.dirname(torch.__file__) + os
 
 
 def place_of_call() -> str:
-    """The file and line that called the function: the first outside the audit, and of torch."""
+    """The file and line that called the function: the first outside the audit, and of torch. The file as seen
+    from where the script was started, or in the package that was installed."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_OURS, _TORCHS, "<")):
             name = os.path.join(_STARTED_IN, name)
-            inside = name.startswith(_STARTED_IN + os.sep)
-            return f"{os.path.relpath(name, _STARTED_IN) if inside else name}:{frame.f_lineno}"
+            *_, packaged = name.rpartition(f"{os.sep}site-packages{os.sep}")
+            inside = packaged == name and name.startswith(_STARTED_IN + os.sep)
+            return f"{os.path.relpath(name, _STARTED_IN) if inside else packaged}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -125,20 +125,22 @@ class Training:
         self._forget(tensors)
 
     def is_scaled(self, tensors: Sequence[Tensor], *, look: bool) -> bool:
-        """Whether a loss has been scaled, and none of the scalers has unscaled these. ``look``: for
+        """Whether a loss has been scaled, and none of the scalers has unscaled some of these. ``look``: for
         optimizers that have been made since, which takes tens of milliseconds."""
         scalers = [s for s in self._scaled if s.is_enabled() and _is_not_one(scale_of(s))]
         if not scalers:
             return False
         if look:
             self._owners = [weakref.ref(o) for o in living(torch.optim.Optimizer)]
-        own = set(map(id, tensors))
-        owners = [o for ref in self._owners if (o := ref()) is not None and own & set(map(id, _held(o)))]
-        if not owners:
-            return False
         states = [states_if_any(s) or {} for s in scalers]
-        unscaled = (s[id(o)]["stage"] is not OptState.READY for s in states for o in owners if id(o) in s)
-        return not any(unscaled)
+        stepped: set[int] = set()  # parameters of some optimizer, and of one that has been unscaled
+        unscaled: set[int] = set()
+        for optimizer in (o for ref in self._owners if (o := ref()) is not None):
+            held = set(map(id, _held(optimizer)))
+            stepped |= held
+            if any(s[id(optimizer)]["stage"] is not OptState.READY for s in states if id(optimizer) in s):
+                unscaled |= held
+        return any(id(t) in stepped and id(t) not in unscaled for t in tensors if t.grad is not None)
 
     # --- what happens ---------------------------------------------------------------------------------------
 

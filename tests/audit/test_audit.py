@@ -30,6 +30,7 @@ WRONG = {
     "after": (1, "after-step"),
     "too_early": (1, "too-early"),
     "muon": (1, "muon"),
+    "amp_half_unscaled": (1, "scaled"),
     "late_nan": (1, "nonfinite"),
     "backward_after": (1, "too-early"),
     "stages": (2, "ranks-differ"),
@@ -130,6 +131,24 @@ def test_so_many_steps(ranks: int, tmp_path: Path) -> None:
     assert [call["calls"] for call in judged["calls"]] == [5]
 
 
+def test_a_file_in_a_folder_that_there_is_not(tmp_path: Path) -> None:
+    """Before the script has run, and not after."""
+    ended = launch(1, "audit", "--json", tmp_path / "none" / "found.json", SCRIPT, "single")
+    assert ended.codes == [2]
+    assert f"there is no folder {tmp_path / 'none'}" in ended.err[0]
+    assert ended.out == [""]
+
+
+def test_what_distclip_takes_for_the_same(tmp_path: Path) -> None:
+    """Without anybody who joins in: one rank calls alone."""
+    for kind, ranks in (("single", 1), ("ddp", 2), ("fsdp2", 2), ("ddp_one_rank", 2)):
+        judged, ended = audited(ranks, tmp_path, SCRIPT, kind, "5")
+        (call,) = judged["calls"]
+        assert 0 < call["distclip_seconds"] < 1
+        assert not judged["troubles"]
+        assert "distclip's" in ended.err[0]
+
+
 def test_samples(tmp_path: Path) -> None:
     """The first 20 calls, and each 30th."""
     history = tmp_path / "norms.jsonl"
@@ -188,9 +207,9 @@ def test_frameworks_that_are_right(kind: str, ranks: int, function: str, tmp_pat
 
 ALONE = (
     "two_models", "replaced", "bf16", "two_optimizers", "autograd_grad", "skipped_steps", "manual", "lbfgs",
-    "logged", "per_layer", "two_scalers", "scaler_of_before", "compiled",
+    "logged", "per_layer", "two_scalers", "scaler_of_before", "compiled", "norm_zero", "goes_elsewhere",
 )  # fmt: skip
-ON_TWO = ("averaged_on_one_rank", "by_hand", "branches", "without_a_group")
+ON_TWO = ("averaged_on_one_rank", "by_hand", "branches", "without_a_group", "joined")
 ALSO_RIGHT = dict.fromkeys(ALONE, 1) | dict.fromkeys(ON_TWO, 2)
 
 

@@ -7,6 +7,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.utils import clip_grad_norm_ as clip
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD, Adam
@@ -197,6 +198,40 @@ def compiled():
         inside(list(model.parameters()))
         clip(model.parameters(), 0.05)
         optimizer.step()
+
+
+def norm_zero():
+    """The count of what is not zero: a "norm" that distclip has not."""
+    model = net()
+    optimizer = SGD(model.parameters(), 0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        clip(model.parameters(), float("inf"), norm_type=0)
+        clip(model.parameters(), 0.1)
+        optimizer.step()
+
+
+def goes_elsewhere():
+    """And starts a process that ends by itself."""
+    os.chdir("/")
+    two_models()
+    if child := os.fork():
+        os.waitpid(child, 0)
+    else:
+        sys.exit(0)
+
+
+def joined():
+    """Ranks with other numbers of batches."""
+    model = nn.parallel.DistributedDataParallel(net())
+    optimizer = SGD(model.parameters(), 0.1)
+    with Join([model]):
+        for step in range(STEPS + 2 * RANK):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            clip(model.parameters(), 0.1)
+            optimizer.step()
 
 
 def averaged_on_one_rank():

@@ -62,6 +62,8 @@ def main():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled="amp" in KIND)
     iterator = model.parameters()
     others = []
+    if KIND == "amp_half_unscaled":
+        two = [torch.optim.SGD(parameters[:2], lr=0.05), torch.optim.SGD(parameters[2:], lr=0.05)]
     if KIND == "muon":
         matrices = [p for p in parameters if p.dim() == 2]
         optimizer = torch.optim.Muon(matrices, lr=0.01)
@@ -87,6 +89,8 @@ def main():
                 p.grad.fill_(float("nan"))
         if KIND == "amp":
             scaler.unscale_(optimizer)
+        if KIND == "amp_half_unscaled":
+            scaler.unscale_(two[0])
         if KIND == "after":
             optimizer.step()
         clip(model, parameters, iterator)
@@ -95,7 +99,8 @@ def main():
         if KIND == "after":
             continue
         if "amp" in KIND:
-            scaler.step(optimizer)
+            for each in two if KIND == "amp_half_unscaled" else [optimizer]:
+                scaler.step(each)
             scaler.update()
         else:
             optimizer.step()
