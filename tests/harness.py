@@ -270,7 +270,7 @@ def _drop_groups() -> None:
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
-    from torch.distributed.tensor import debug
+    from torch.distributed.tensor import DTensor, debug
 
     from tests import layouts
 
@@ -280,8 +280,13 @@ def _drop_groups() -> None:
     dropped = [group for group in _world.pg_map if group.group_name not in keep]
     for group in dropped:
         dist.destroy_process_group(group)
-    if dropped:  # DTensor remembers results by equal meshes, and would return one whose groups are gone
+    if not dropped:
+        return
+    # DTensor remembers results by equal meshes, and would return one whose groups are gone.
+    if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
+    else:  # 2.6
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
 
 
 def let_go(*references: weakref.ref[Any]) -> bool:

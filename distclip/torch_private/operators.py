@@ -32,6 +32,6 @@ schema_of = attrgetter("_schema")
 READ_TO_HOST: Any = torch.ops.aten._local_scalar_dense.default
 """The operator behind ``item()``. In 2.6 already."""
 
-LOSES_SCALARS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
+LOSES_SCALARS = (2, 7) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
 """Whether a compiled function loses what it writes to a 0-dim float64 tensor on the CPU that it was given: so
-in 2.13, and no more in 2.15."""
+in 2.8 to 2.14; 2.6 keeps it, and 2.15 does again."""

@@ -22,9 +22,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distclip
 from distclip import hooks
@@ -338,7 +338,7 @@ def problems_of(name: str) -> list[str]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    _setup_privateuseone_for_python_backend(DEVICE)
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     # As for a GPU that is not there: torch.tensor(…, device=DEVICE) is then made on the CPU, and copied.
     FakeTensorMode.avoid_device_init = True  # type: ignore[method-assign, assignment]
     json.dump({name: problems_of(name) for name in ROWS}, sys.stdout)

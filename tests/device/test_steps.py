@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from torch.utils import backend_registration
+
 from tests.device.steps import ROWS
 from tests.starting import python
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no device that is made in Python",
+)
 def test_no_step_waits_for_the_device() -> None:
     # In a process of its own: a device, once named, stays.
     done = python("-m", "tests.device.steps")
