@@ -7,6 +7,7 @@
 #   launch/matrix.sh torch-2.15 frameworks-oldest  # those
 #   TESTS=tests/laws launch/matrix.sh torch-2.8    # other tests; nothing is written down
 #   KEEP=1 launch/matrix.sh torch-2.15             # it stays, for a second look
+#   REUSE=1 launch/matrix.sh torch-2.15            # with the environment that has stayed
 #
 # PYTHONS: a folder with one installation per release (3.10.13/bin/python), as pyenv has them; without it
 # python3.10 and so on are looked for in PATH. MATRIX_DIR: where the rows are made.
@@ -63,8 +64,13 @@ run_row() {
         fi
     fi
     echo "$name: torch $torch, Python $2, tests: $which" >&2
-    rm -rf "$here"
-    git clone -q . "$here"
+    if [[ -n ${REUSE:-} && -d $here/.venv ]]; then
+        git -C "$here" fetch -q origin HEAD
+        git -C "$here" reset -q --hard FETCH_HEAD
+    else
+        rm -rf "$here"
+        git clone -q . "$here"
+    fi
     echo "torch==$torch" >"$here.txt"
     case $pinned in
     default) cp launch/constraints.txt "$here.txt" ;;

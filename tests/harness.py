@@ -38,6 +38,7 @@ from typing import Any
 import pytest
 
 from tests.layouts import Layout
+from tests.starting import TORCH
 
 _TIMEOUT = 240.0  # seconds for one test, after the pool is up: against hangs, on a slow machine too
 _START_TIMEOUT = 240.0
@@ -233,6 +234,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     warnings.simplefilter("error")
     quiet_known_warnings()
+    mend_torch()
     try:
         dist.init_process_group(
             "gloo",
@@ -302,6 +304,21 @@ def let_go(*references: weakref.ref[Any]) -> bool:
             break
         time.sleep(0.001)
     return not alive
+
+
+def mend_torch() -> None:
+    """What torch 2.8 gets wrong on the CPU, and a GPU does not see: FSDP2 asks gloo for the mean over ranks,
+    which gives the sum. (So would ``set_force_sum_reduction_for_comms(True)``, of each module.)"""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    if TORCH == (2, 8):
+        factors = _fsdp_collectives._get_gradient_divide_factors
+
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(factors).bind(*args, **kwargs).arguments
+            return factors(**{**given, "force_sum_reduction_for_comms": True})
+
+        _fsdp_collectives._get_gradient_divide_factors = divided
 
 
 def quiet_known_warnings() -> None:

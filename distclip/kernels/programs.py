@@ -109,7 +109,7 @@ def sum_chunks(
         joined = tl.sum(total, 0)
         # What float32 may not hold is read once more, but only then (or if all are 0).
         if P == 1 or P == 2:  # noqa: SIM102  (known when it is compiled)
-            if not ((joined < float("inf")) & (joined >= _FAINT * count)):
+            if not ((joined < float("inf")) & (joined >= count * _FAINT)):
                 joined = _sum_exactly(pointer, count, P, BLOCK)
         tl.store(out + chunk, joined)
 

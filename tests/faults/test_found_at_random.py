@@ -79,7 +79,10 @@ def test_another_dtype_in_every_stage(rank: int, dtype: torch.dtype, way: str) -
     model = mlp()
     alone = dist.new_group([1])
     if rank == 1:
-        fully_shard(model, mesh=torch.distributed.device_mesh.DeviceMesh.from_group(alone, "cpu"))
+        # With a name of its own: DTensor takes a mesh that is equal for the same, though its group be gone.
+        name = f"{way}, {dtype}"
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(alone, "cpu", mesh_dim_names=(name,))
+        fully_shard(model, mesh=mesh)
     clip = Way(way, model, stages=dist.group.WORLD)
 
     def dense() -> list[Any]:

@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+# What newer ones have to be told, since they read no pickles without.
+PICKLES: dict[str, Any] = (
+    {"weights_only": False} if "weights_only" in signature(pl.Trainer.fit).parameters else {}
+)
+
+
 def fit(model: Model, *callbacks: pl.Callback, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False} | options
     trainer = pl.Trainer(
         callbacks=list(callbacks), enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, **options,
     )  # fmt: skip
-    trainer.fit(model, DataLoader(BATCHES, batch_size=None), ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(model, DataLoader(BATCHES, batch_size=None), ckpt_path=ckpt_path, **PICKLES)
     return trainer
 
 

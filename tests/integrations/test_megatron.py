@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -37,10 +38,11 @@ def megatron(**sizes: int) -> Iterator[Any]:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
         config = ModelParallelConfig(
             tensor_model_parallel_size=sizes.get("tensor_model_parallel_size", 1),
-            expert_model_parallel_size=sizes.get("expert_model_parallel_size", 1),
             use_cpu_initialization=True,
             gradient_accumulation_fusion=False,
         )
+        # Afterwards, since 0.12 wants sequence parallelism with both, which would be another test.
+        config.expert_model_parallel_size = sizes.get("expert_model_parallel_size", 1)
         common = {"config": config, "init_method": nn.init.xavier_normal_}
         linear = {**common, "bias": True, "skip_bias_add": False}
         try:
@@ -81,9 +83,13 @@ def megatron_norm(
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
     from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-    config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False)
+    config = SimpleNamespace(
+        use_precision_aware_optimizer=False, use_precision_aware_optimizer_no_fp8_or_ds_fp8=False
+    )
     optimizer = SimpleNamespace(get_parameters=lambda: parameters, config=config, tp_group=tp_group)
-    kind: Any = MegatronOptimizer  # of 0.16 and of 0.19
+    kind: Any = MegatronOptimizer  # of 0.12, of 0.16 and of 0.19
+    if hasattr(kind, "_filter_grads_for_norm"):
+        optimizer._filter_grads_for_norm = partial(kind._filter_grads_for_norm, optimizer)
     read = getattr(kind, "get_main_grads_for_grad_norm", None) or kind.get_grads_for_grad_norm
     gradients = read(optimizer)
     with on_cpu():

@@ -77,7 +77,8 @@ def test_state_that_torch_would_lose_is_an_error() -> None:
     clip = clip_with(case, distclip.ZClip())
     clip()
     if LOSES_SCALARS:
-        with pytest.raises(Exception, match=r"outside of torch\.compile"):
+        # Dynamo of 2.8 says instead that there is an exception which it does not find a handler for.
+        with pytest.raises(Exception, match=r"outside of torch\.compile|Observed exception"):
             compiled(clip)()
     else:
         compiled(clip)()
@@ -88,6 +89,7 @@ def test_drop_in() -> None:
     same_as_eager(case, lambda: distclip.clip_grad_norm_(case.parameters, 1.0))
 
 
+@pytest.mark.skipif(TORCH < (2, 9), reason="Dynamo of torch 2.8 recurses without end into DTensor")
 @on_ranks(2)
 def test_fsdp2(rank: int) -> list[float]:
     """Through a functional all-reduce; the shards are changed in place."""
@@ -97,6 +99,7 @@ def test_fsdp2(rank: int) -> list[float]:
     return [same_as_eager(case, clip) for clip in clips]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # of 2.8
 def test_without_fullgraph_a_plan_may_be_missing() -> None:
     model = nn.Linear(3, 2)
     clip = torch.compile(lambda: distclip.clip_grad_norm_(model, 1.0), backend="aot_eager")
