@@ -335,5 +335,7 @@ def quiet_known_warnings() -> None:
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     # Of torch.compile, once a process.
     warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0")
+    # Of Accelerate before 1.15 on rank 0 alone, about checkpoints.
+    warnings.filterwarnings("ignore", message="FSDP upcast of low precision parameters to fp32")
     # Of torch 2.6, about dropout.
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")

@@ -53,8 +53,8 @@ def test_trains_as_in_place(row: str, optimizer: str, scaler: str) -> float:
     """In place in one process, which ``test_table`` compares with the other placements."""
     if row == "fsdp2" and optimizer not in ON_DTENSORS:
         # Not a limit of ours. To be seen when torch learns it: then the row above holds.
-        # (2.10 says it in other words.)
-        words = "does not have a sharding strategy|found no DeviceMesh from dtensor args"
+        # (2.10 says it in other words, and 2.8 runs into the limit of recursion.)
+        words = "does not have a sharding strategy|found no DeviceMesh from dtensor args|recursion depth"
         with pytest.raises((NotImplementedError, RuntimeError), match=words):
             trained(row, optimizer, scaler, "deferred")
         return 0.0

@@ -19,6 +19,7 @@ from distclip.integrations.transformers import install
 from tests import oracle
 from tests.harness import on_ranks
 from tests.integrations.accelerators import environment, pretend_gpus
+from tests.starting import TORCH
 
 MAX_NORM = 0.5
 
@@ -87,7 +88,11 @@ def side_by_side(where: Path, **kwargs: Any) -> list[float]:
                 assert sum(norm > MAX_NORM for norm in norms) > 2
     assert len(runs[0][0]) == 6
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
-    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-4)
+    own = TORCH < (2, 9) and kwargs.get("fsdp_config", {}).get("version") == 2
+    if own:  # with torch 2.8 the Trainer logs the norm of what the rank holds itself
+        assert all(mine > theirs for mine, theirs in zip(runs[1][1], runs[0][1], strict=True))
+    else:
+        assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-4)
     assert runs[1][0][-1] < 0.97 * runs[1][0][0]
     for mine, theirs in zip(runs[1][2], runs[0][2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
