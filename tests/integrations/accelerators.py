@@ -14,9 +14,11 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,6 +38,12 @@ from tests.layouts import Even
 
 WIDTH, BATCH = 8, 8
 MAX_NORM = 0.5
+
+
+def before_1_15(fault: str) -> pytest.MarkDecorator:
+    """For tests in which Accelerate does by itself what an older one cannot."""
+    old = tuple(map(int, version("accelerate").split(".")[:2])) < (1, 15)
+    return pytest.mark.skipif(old, reason=f"Accelerate before 1.15 {fault}")
 
 
 @contextlib.contextmanager

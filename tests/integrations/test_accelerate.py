@@ -30,6 +30,7 @@ from tests.integrations.accelerators import (
     Job,
     accelerator,
     batch,
+    before_1_15,
     loss_of,
     net,
     plain,
@@ -90,13 +91,16 @@ def test_single_process(p: float) -> None:
     side_by_side("single", p)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp"])
+TP_FAILS = before_1_15("fails to clip under tensor parallelism")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", pytest.param("tp", marks=TP_FAILS)])
 @on_ranks(2)
 def test_two_ranks(rank: int, kind: str) -> list[float]:
     return side_by_side(kind)
 
 
-@pytest.mark.parametrize("kind", ["hsdp", "fsdp2_tp"])
+@pytest.mark.parametrize("kind", ["hsdp", pytest.param("fsdp2_tp", marks=TP_FAILS)])
 @on_ranks(4)
 def test_four_ranks(rank: int, kind: str) -> list[float]:
     return side_by_side(kind)

@@ -99,7 +99,7 @@ def test_fsdp2(rank: int) -> list[float]:
     return [same_as_eager(case, clip) for clip in clips]
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # of 2.8
+@pytest.mark.skipif(TORCH < (2, 11), reason="Dynamo of torch 2.10 fails inside where a plan is made")
 def test_without_fullgraph_a_plan_may_be_missing() -> None:
     model = nn.Linear(3, 2)
     clip = torch.compile(lambda: distclip.clip_grad_norm_(model, 1.0), backend="aot_eager")
