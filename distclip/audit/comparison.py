@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distclip.clipper import Clipper
+from distclip.functional import total_grad_norm
 from distclip.ownership import declare
 from distclip.strategies import GlobalNorm
 from distclip.torch_private.dtensor import local_of
@@ -20,13 +21,13 @@ _TIMES = 3
 
 def seconds_of_distclip(tensors: Sequence[Tensor], max_norm: float, p: float) -> float | None:
     """A call of ``Clipper.clip`` with a plan that is made, the best of three; without its one collective.
-    Where the gradients are too large to be copied, of one that clips nothing. None where there are none."""
+    Where the gradients are too large to be copied, of ``total_grad_norm``, which writes to none of them. None
+    where there are none, or ``max_norm`` is no threshold."""
     gradients = [local_of(t.grad).detach() for t in tensors if t.grad is not None]
-    if not gradients or any(g.layout != torch.strided for g in gradients):
+    if max_norm <= 0 or not gradients or any(g.layout != torch.strided for g in gradients):
         return None
-    if sum(g.nbytes for g in gradients) > _MOST:
-        max_norm = math.inf
-    else:
+    copied = sum(g.nbytes for g in gradients) <= _MOST
+    if copied:
         gradients = [g.clone() for g in gradients]
     holder = nn.Module()
     for i, g in enumerate(gradients):
@@ -35,12 +36,16 @@ def seconds_of_distclip(tensors: Sequence[Tensor], max_norm: float, p: float) ->
         parameter.grad = g
         holder.register_parameter(str(i), parameter)
     declare(holder, local=True)
-    clipper = Clipper(holder, GlobalNorm(max_norm, p), on_nonfinite="propagate")
-    clipper.clip()
-    return min(_timed(clipper) for _ in range(_TIMES))
+    call: Callable[[], object]
+    if copied:
+        call = Clipper(holder, GlobalNorm(max_norm, p), on_nonfinite="propagate").clip
+    else:
+        call = partial(total_grad_norm, holder, p)
+    call()
+    return min(_timed(call) for _ in range(_TIMES))
 
 
-def _timed(clipper: Clipper) -> float:
+def _timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    clipper.clip()
+    call()
     return time.perf_counter() - start
